@@ -1,0 +1,218 @@
+"""One flat dataclass holds every setting; the command line of each script is made from it.
+
+    python sft.py --seed 1 --questions 2        any field is a flag; an unknown flag is an error
+    python sft.py --preset paper --data F ...   start from the paper's settings instead of the town's
+    python grpo.py --from runs/town/sft         start from the settings saved in a run folder
+
+Later wins: field defaults < preset < saved run < flags.
+"""
+
+import argparse
+import dataclasses
+import json
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tqdm import tqdm
+from transformers import HfArgumentParser
+
+TASKS = ("town", "hotpotqa", "2wikimultihopqa", "musique")
+OPERATIONS = ("create", "read", "update", "delete", "scratchpad")
+
+
+class BadInput(SystemExit, ValueError):
+    """The user's mistake, told in one sentence. Uncaught, it ends a script with that sentence and no traceback."""
+
+
+def setting(default, help):
+    """A dataclass field whose `help` is its documentation here and in --help."""
+    make = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
+    return field(**make, metadata={"help": help})
+
+
+@dataclass
+class Config:
+    # --- the task ------------------------------------------------------------------------------
+    task: str = setting("town", "what is read and asked: town, hotpotqa, 2wikimultihopqa or musique")
+    data: str = setting("", "data file in the set's original format (all tasks but the town need one)")
+    questions: int = setting(2, "questions per task; 0: 1 to 10 at random, p(1) = 0.5 (paper: 1 to 10)")
+    length: int = setting(1, "town: story length, in multiples of the training length")
+    documents: int = setting(200, "QA: documents per task (paper: 200 in training; 200, 400, 800 in tests)")
+    chunk_tokens: int = setting(512, "QA: most tokens of text shown at once (paper: 4096)")
+    # --- the memory ----------------------------------------------------------------------------
+    top_k: int = setting(4, "entries shown for the standing query (paper: 6)")
+    capacity: int = setting(0, "most entries a store can hold; 0: no limit (paper: none; 20 in Appendix C)")
+    embedder: str = setting("hashed", "'hashed' (bag of words, no download) or an encoder's hub name or folder")
+    retrieval: str = setting("similarity", "'similarity', or 'random' for the ablation of the paper's Table 4")
+    # --- the agent -----------------------------------------------------------------------------
+    disable: list[str] = setting([], "operations switched off: any of create read update delete scratchpad")
+    dialect: str = setting("paper", "names of the tags: 'paper', or 'released' for the released checkpoint")
+    max_reads: int = setting(3, "times in a row that a Read may show the same chunk or question again")
+    max_prompt_tokens: int = setting(256, "longest prompt; the least similar entries are left out to fit (paper: 16384)")
+    max_response_tokens: int = setting(20, "longest response of one turn (paper: 4096)")
+    # --- the policy ----------------------------------------------------------------------------
+    model: str = setting("", "causal LM: hub name or folder; empty: a tiny Qwen3 made from scratch (paper: Qwen3-8B)")
+    hidden_size: int = setting(128, "tiny model: width")
+    layers: int = setting(3, "tiny model: depth")
+    heads: int = setting(4, "tiny model: attention heads of 64 dimensions each")
+    vocab_size: int = setting(4096, "tiny model on QA text: size of the byte-level BPE vocabulary")
+    temperature: float = setting(1.0, "sampling temperature in training (paper: 1)")
+    sample_rows: int = setting(256, "prompts decoded together")
+    # --- training, both stages -----------------------------------------------------------------
+    optimizer: str = setting("muon", "'muon' (matrices; AdamW for the rest) or 'adamw'")
+    micro_batch_tokens: int = setting(16384, "most tokens, padding included, in one forward and backward pass")
+    max_grad_norm: float = setting(1.0, "gradients are clipped to this norm")
+    seed: int = setting(42, "seed of everything random (paper: 42)")
+    # --- sft.py --------------------------------------------------------------------------------
+    demonstrations: int = setting(8000, "demonstrated episodes, before the filter")
+    keep_score: float = setting(0.5, "demonstrations with a lower task score are dropped (paper: 0.5)")
+    easy_share: float = setting(0.35, "town: share of the SFT steps, the first, on stories without two-hop questions")
+    sft_steps: int = setting(1200, "optimiser steps (paper: 3 epochs)")
+    sft_batch: int = setting(64, "turns per optimiser step")
+    sft_lr: float = setting(5e-3, "peak learning rate, warmed up over a tenth of the steps, then down to 0")
+    # --- grpo.py -------------------------------------------------------------------------------
+    grpo_steps: int = setting(100, "rollout-and-update steps")
+    tasks_per_step: int = setting(8, "different tasks in one step (paper: 16)")
+    group_size: int = setting(8, "episodes of each task (paper: 16)")
+    updates_per_rollout: int = setting(1, "optimiser steps on each step's rollouts (paper: 1, strictly on-policy)")
+    grpo_lr: float = setting(1e-3, "learning rate, constant after the warm-up (paper: 1e-6)")
+    warmup_steps: int = setting(5, "steps of linear warm-up (paper's code: 20)")
+    clip_low: float = setting(0.2, "the ratio is clipped below 1 - this (paper: 0.2)")
+    clip_high: float = setting(0.28, "and above 1 + this (paper: 0.28)")
+    kl: float = setting(0.0, "weight of the KL penalty against the SFT policy; 0 loads no reference (paper: 0)")
+    save_every: int = setting(25, "steps between checkpoints and held-out evaluations")
+    # --- evaluation ----------------------------------------------------------------------------
+    eval_tasks: int = setting(500, "held-out tasks in evaluate.py")
+    eval_temperature: float = setting(0.0, "0: greedy (paper: 0.7)")
+    scorer: str = setting("official", "'official' EM and F1, or 'released' (the released code's string equality)")
+    # --- the run -------------------------------------------------------------------------------
+    name: str = setting("", "run folder: runs/<name>/sft and runs/<name>/grpo; empty: the task's name")
+    overwrite: bool = setting(False, "replace a finished run of the same name")
+    cpu: bool = setting(False, "stay on the CPU even when there is a GPU")
+    log_with: str = setting("", "also log to a tracker that accelerate knows: tensorboard, wandb, ...")
+
+    def __post_init__(self):
+        self.name = self.name or self.task
+
+        def need(condition, message):
+            if not condition:
+                raise BadInput(message)
+
+        def one_of(name, allowed):
+            need(getattr(self, name) in allowed, f"--{name} {getattr(self, name)!r} is not one of: {', '.join(allowed)}")
+
+        one_of("task", TASKS)
+        one_of("retrieval", ("similarity", "random"))
+        one_of("dialect", ("paper", "released"))
+        one_of("optimizer", ("muon", "adamw"))
+        one_of("scorer", ("official", "released"))
+        for operation in self.disable:
+            need(operation in OPERATIONS, f"--disable {operation!r} is not one of: {', '.join(OPERATIONS)}")
+        need(self.task == "town" or self.data, f"--task {self.task} needs --data FILE in that set's original format")
+        need(self.task != "town" or not self.data, "--data is for the QA sets; the town writes its own stories")
+        need(0 <= self.questions <= (10 if self.task != "town" else len(OPERATIONS)),
+             f"--questions {self.questions} is out of range: 0 (random) or 1 to 10 (town: 1 to 5)")
+        for name in ("length", "documents", "chunk_tokens", "top_k", "max_prompt_tokens", "max_response_tokens",
+                     "hidden_size", "layers", "heads", "sample_rows", "micro_batch_tokens", "demonstrations",
+                     "sft_steps", "sft_batch", "grpo_steps", "tasks_per_step", "updates_per_rollout", "save_every",
+                     "eval_tasks"):
+            need(getattr(self, name) >= 1, f"--{name} must be at least 1, not {getattr(self, name)}")
+        need(self.group_size >= 2, "--group_size must be at least 2: an episode is compared with its group's mean")
+        need(self.capacity >= 0 and self.max_reads >= 0, "--capacity and --max_reads cannot be negative")
+        need(self.temperature > 0, "--temperature must be above 0: training samples (evaluation: --eval_temperature 0)")
+        need(self.eval_temperature >= 0, "--eval_temperature cannot be negative (0: greedy)")
+        need(0 <= self.clip_low < 1 and self.clip_high >= 0, "--clip_low must be in [0, 1) and --clip_high at least 0")
+        need(self.kl >= 0, "--kl cannot be negative")
+        need(0 <= self.easy_share < 1, "--easy_share is a share of the steps, at least 0 and below 1")
+        need(0 <= self.keep_score <= 1, "--keep_score is a task score, between 0 and 1")
+
+    def enabled(self, operation):
+        """Whether `operation`, one of OPERATIONS, is switched on."""
+        return operation not in self.disable
+
+    def folder(self, stage):
+        """The run folder of `stage`, 'sft' or 'grpo'."""
+        return Path("runs") / self.name / stage
+
+    def save(self, folder):
+        (Path(folder) / "config.json").write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
+
+
+# What differs from the defaults above. 'town' is those defaults; 'qa' is a tiny model on a QA file; 'paper' is section 4
+# of the paper with the details it leaves open taken from its released code.
+PRESETS = {
+    "town": {},
+    "qa": dict(questions=0, documents=50, top_k=6, max_prompt_tokens=1536, max_response_tokens=160, hidden_size=256, layers=4,
+               demonstrations=400, sft_steps=300, sft_batch=32, sft_lr=3e-3, grpo_steps=20, tasks_per_step=4, group_size=4,
+               grpo_lr=3e-4, sample_rows=32, eval_tasks=50),
+    "paper": dict(task="hotpotqa", model="Qwen/Qwen3-8B", embedder="Qwen/Qwen3-Embedding-0.6B", questions=0, documents=200,
+                  chunk_tokens=4096, top_k=6, max_prompt_tokens=16384, max_response_tokens=4096, optimizer="adamw",
+                  sft_lr=1e-5, tasks_per_step=16, group_size=16, grpo_lr=1e-6, warmup_steps=20, eval_temperature=0.7,
+                  sample_rows=64),
+}
+
+
+def parse_args(description, default_run=None, extra=()):
+    """(config, extra values) from the command line. Ends with exit status 2 and one sentence on a bad flag or value.
+
+    default_run(name) is the run folder to start from, if it is there, when --from is not given. `extra` lists flags,
+    (name, keywords of add_argument), that are the script's own and no part of the configuration.
+    """
+    parser = HfArgumentParser(Config, description=description, allow_abbrev=False, usage="%(prog)s [--flag value ...]")
+    parser.add_argument("--preset", choices=sorted(PRESETS), help="start from these settings; a QA set without it takes 'qa'")
+    parser.add_argument("--from", dest="start", metavar="RUN", help="start from the settings saved in this run folder")
+    for name, keywords in extra:
+        parser.add_argument(name, **keywords)
+    try:
+        first = parser.parse_args()
+        start, preset = first.start, first.preset
+        if default_run and not (start or preset) and (default_run(first.name or first.task) / "config.json").is_file():
+            start = default_run(first.name or first.task)
+        if not (start or preset) and first.task != "town":
+            preset = "qa"
+        parser.set_defaults(**PRESETS[preset] if preset else {}, **load_settings(start) if start else {})
+        values = vars(parser.parse_args())  # again, now that the defaults are known
+        names = [field.name for field in dataclasses.fields(Config)]
+        config = Config(**{name: values[name] for name in names})
+    except BadInput as error:
+        parser.error(str(error))
+    return config, {name: value for name, value in values.items() if name not in (*names, "preset", "start")}
+
+
+def load_settings(run):
+    """The settings saved in a run folder."""
+    path = Path(run) / "config.json"
+    try:
+        values = json.loads(path.read_text())
+        unknown = set(values) - {field.name for field in dataclasses.fields(Config)}
+    except (OSError, ValueError, TypeError) as error:
+        raise BadInput(f"--from {run}: cannot read the settings in {path}: {error}") from error
+    if unknown:
+        raise BadInput(f"{path} has settings that this version does not know: {', '.join(sorted(unknown))}")
+    return values
+
+
+class Run:
+    """A run folder: config.json, metrics.jsonl (one line a step), model/ (opens with AutoModelForCausalLM)."""
+
+    def __init__(self, config, stage):
+        self.config, self.stage, self.folder = config, stage, config.folder(stage)
+        if (self.folder / "metrics.jsonl").exists() and not config.overwrite:
+            raise BadInput(f"{self.folder} already holds a run: choose another --name, or replace it with --overwrite")
+        self.accelerator = None
+
+    def create(self, accelerator):
+        """Make the folder; call it when all that can fail on bad input has been done."""
+        self.accelerator = accelerator
+        shutil.rmtree(self.folder, ignore_errors=True)  # exists only with --overwrite, or without a single step
+        self.folder.mkdir(parents=True)
+        self.config.save(self.folder)
+        (self.folder / "metrics.jsonl").touch()
+
+    def log(self, step, metrics):
+        """Append the step's metrics to metrics.jsonl, and print them on one line."""
+        metrics = {"step": step, **{name: round(float(value), 6) for name, value in metrics.items()}}
+        with open(self.folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(metrics) + "\n")
+        tqdm.write("  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))

@@ -1,0 +1,149 @@
+"""Evaluation: the table of checkpoints, with intervals; ablations at test time; traces.
+
+    python evaluate.py                             SFT and GRPO of runs/town at 1x, 2x, 4x the training length
+    python evaluate.py --ablate                    the GRPO policy with operations switched off (the paper's Table 2)
+    python evaluate.py --trace 2                   two episodes, turn by turn
+    python evaluate.py --data hotpot_dev.json --task hotpotqa --documents 200
+    python evaluate.py --gold ...                  the demonstrator in the model's place: what the workflow can reach
+
+EM and F1 are means over questions, in per cent. The intervals are 95 % bootstrap intervals over tasks, since the questions
+of one task share a memory.
+"""
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from tqdm import tqdm
+
+from agent import TAGS, render, summarize
+from config import BadInput, Config, parse_args
+from memory import load_embedder
+from policy import evaluate, open_policy
+from sft import GoldDemonstrator, TownDemonstrator
+from tasks import f1, load_tasks
+
+# The rows of the paper's Table 2, and Read: without it no entry ever comes into view.
+ABLATIONS = {"all on": [], "- Update": ["update"], "- Delete": ["delete"], "- Read": ["read"], "- scratchpad": ["scratchpad"],
+             "- storage": ["create", "read", "update", "delete"], "- both": ["create", "read", "update", "delete", "scratchpad"]}
+
+
+def bootstrap(sums, counts, samples=2000, seed=0):
+    """95 % interval (low, high) of sum(sums) / sum(counts) when tasks are resampled. sums, counts: (tasks,)."""
+    sums, counts = np.asarray(sums, float), np.asarray(counts, float)
+    drawn = np.random.default_rng(seed).integers(0, len(sums), (samples, len(sums)))
+    return np.percentile(sums[drawn].sum(1) / counts[drawn].sum(1), [2.5, 97.5])
+
+
+def measure(label, episodes, config, seconds):
+    """One row of the table, as a dictionary: scores in per cent, rates per response, costs per question."""
+    counts = [len(episode.task.questions) for episode in episodes]
+    em = [sum(episode.scores) for episode in episodes]
+    yes_no = config.task != "musique"
+    overlap = [sum(f1(answer, question, yes_no) for answer, question in zip(episode.answers, episode.task.questions)
+                   if answer is not None) for episode in episodes]
+    low, high = bootstrap(em, counts)
+    row = {"label": label, "em": 100 * sum(em) / sum(counts), "low": 100 * low, "high": 100 * high,
+           "f1": 100 * sum(overlap) / sum(counts), "questions": sum(counts), "tasks": len(episodes)}
+    per_question = len(episodes) / sum(counts)
+    summary = summarize(episodes)
+    return row | summary | {name: summary[name] * per_question for name in ("turns", "tokens")} | {"seconds": seconds}
+
+
+def table(rows):
+    """The rows as text, one line each."""
+    rates = [kind for kind in TAGS["paper"] if kind != "answer"]
+    head = f"{'':26}{'EM':>6}  {'95 % interval':^15}{'F1':>6}{'questions':>11}{'turns':>7}{'tokens':>8}   " + " ".join(
+        f"{kind:>10}" for kind in rates) + f"{'invalid':>9}{'cut':>6}"
+    lines = [head, f"{'':71}{'per question':>15}   operations per response"]
+    for row in rows:
+        lines.append(f"{row['label']:26}{row['em']:6.1f}  [{row['low']:5.1f}, {row['high']:5.1f}]{row['f1']:6.1f}{row['questions']:11d}"
+                     f"{row['turns']:7.1f}{row['tokens']:8.1f}   " + " ".join(f"{row[kind]:10.3f}" for kind in rates)
+                     + f"{row['invalid']:9.3f}{row['truncated']:6.3f}")
+    return "\n".join(lines)
+
+
+def trace(episode):
+    """An episode as readable text; the memory after each turn is rebuilt from the operations."""
+    store, lines = {}, [f"=== {episode.task.id}: reward {episode.reward:.2f}"]
+    for number, turn in enumerate(episode.turns, start=1):
+        lines += ["", f"--- turn {number}", render(turn.observation), f">>> {turn.response.text}"]
+        for operation in turn.operations:
+            if operation.error:
+                lines.append(f"    not executed, {operation.kind} {operation.text!r}: {operation.error}")
+            elif operation.kind in ("create", "update"):
+                store[operation.id] = operation.text
+            elif operation.kind == "delete":
+                del store[operation.id]
+        lines.append("    memory: " + (" | ".join(f"#{id} {text}" for id, text in store.items()) or "(empty)"))
+    lines.append("")
+    for question, answer, score in zip(episode.task.questions, episode.answers, episode.scores):
+        lines.append(f"{question.text}  answer: {answer}  gold: {' / '.join(question.answers)}  score: {score:.0f}")
+    return "\n".join(lines)
+
+
+def latest_run(name):
+    """The GRPO run of that name, or its SFT run while there is none."""
+    grpo = Config(name=name).folder("grpo")
+    return grpo if grpo.is_dir() else Config(name=name).folder("sft")
+
+
+def policies(config, gold):
+    """(label, function that makes the policy for a list of tasks) of all that is to be compared."""
+    if gold:
+        counter = open_policy("", dataclasses.replace(config, model=""))
+        if config.task == "town":
+            return counter.count, [("demonstrator", lambda tasks: TownDemonstrator("full", config, noise=0.0))]
+        return counter.count, [("gold-facts demonstrator", lambda tasks: GoldDemonstrator(tasks, config, counter.count))]
+    folders = [config.folder(stage) / "model" for stage in ("sft", "grpo") if (config.folder(stage) / "model").is_dir()]
+    if not folders and not config.model:
+        raise BadInput(f"nothing to evaluate: there is no model in runs/{config.name}/sft or runs/{config.name}/grpo; "
+                         "run sft.py first, or name a --model")
+    loaded = [(folder.parent.name, open_policy(str(folder), config)) for folder in folders] or [
+        (config.model, open_policy(config.model, config))]
+    return loaded[-1][1].count, [(label, lambda tasks, policy=policy: policy) for label, policy in loaded]
+
+
+def main():
+    config, extra = parse_args("Evaluation.", default_run=latest_run, extra=[
+        ("--lengths", dict(type=int, nargs="+", default=None, help="town: story lengths (default: 1 2 4; 1 with --ablate)")),
+        ("--ablate", dict(action="store_true", help="switch operations off one by one, at test time")),
+        ("--trace", dict(type=int, default=0, metavar="N", help="print N episodes turn by turn")),
+        ("--gold", dict(action="store_true", help="the scripted demonstrator in place of the model"))])
+    accelerator = Accelerator(cpu=config.cpu)
+    set_seed(config.seed)
+    count, contestants = policies(config, extra["gold"])
+    embed = load_embedder(config.embedder, accelerator.device)
+    lengths = extra["lengths"] or ([1, 2, 4] if not (extra["ablate"] or extra["trace"]) else [1])
+    variants = ABLATIONS if extra["ablate"] else {"": config.disable}
+    if extra["ablate"] or extra["trace"]:
+        contestants = contestants[-1:]
+    rows = []
+    for length in lengths if config.task == "town" else [config.length]:
+        for label, make_policy in contestants:
+            for variant, disabled in variants.items():
+                now = dataclasses.replace(config, length=length, disable=sorted({*config.disable, *disabled}))
+                stream = load_tasks(now, "test", count)
+                tasks = [stream(index) for index in range(extra["trace"] or now.eval_tasks)]
+                policy = make_policy(tasks)
+                size = f"{length}x" if config.task == "town" else f"{config.documents} documents"
+                started = time.perf_counter()
+                with tqdm(total=len(tasks), desc=f"{label} {size} {variant}", unit="episode", leave=False) as bar:
+                    episodes = evaluate(policy, tasks, now, embed, lambda turns, done: bar.update(done - bar.n))
+                rows.append(measure(f"{label} {size} {variant}".strip(), episodes, now, time.perf_counter() - started))
+                if extra["trace"]:
+                    print("\n\n".join(trace(episode) for episode in episodes))
+    print(table(rows))
+    if not (extra["trace"] or extra["gold"]):
+        out = Path("runs") / config.name / f"evaluation{'-ablate' if extra['ablate'] else ''}.json"
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(rows, indent=1) + "\n")
+        print(f"saved as {out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,188 @@
+"""GRPO: reinforcement learning of the memory policy from the task's own reward.
+
+    python grpo.py                                  from runs/town/sft to runs/town/grpo, on a CPU
+    python grpo.py --name mine --seed 1             from runs/mine/sft
+    python grpo.py --model Qwen/Qwen3-8B ...        from a pretrained model, without SFT
+
+Each step, as in the paper's eqs. 8 and 9:
+
+1. Roll out: `group_size` episodes of each of `tasks_per_step` tasks, all turns sampled at `temperature`.
+2. A_i = r_i - mean_{j in group} r_j: one advantage per episode, from its one terminal reward, not divided by the standard
+   deviation (Dr.GRPO). It holds for every token of every turn, memory operations included.
+3. Every turn was a fresh prompt, so every turn is one row. Maximise over all response tokens t of all rows
+
+       J = 1/N sum_t [ min(rho_t A, clip(rho_t, 1 - clip_low, 1 + clip_high) A) - kl KL(pi || pi_ref)_t ]
+
+   with rho_t = pi(t) / pi_old(t), and N the number of response tokens in the whole step.
+
+What is ours where the paper is silent: turns that were cut at the token limit count in the reward, but their tokens are out
+of the loss and of N; groups in which all rewards are equal have no gradient, so their rows are skipped (they stay in N).
+With one update per rollout pi_old is pi itself: rho is 1, but its gradient is not 0.
+"""
+
+import copy
+import math
+import time
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from tqdm import tqdm
+
+from agent import run_episodes, summarize
+from config import BadInput, Config, Run, parse_args
+from memory import load_embedder
+from policy import clip_and_step, evaluate, make_optimizers, micro_batches, open_policy, set_lr
+from tasks import load_tasks, scorer
+
+MOST_BAD_STEPS = 3  # non-finite steps in a row before the run stops
+
+
+def group_advantages(rewards):
+    """A_i = r_i - mean of its group, eq. 8. rewards: (tasks, group_size) -> the same shape.
+
+    >>> group_advantages(torch.tensor([[1.0, 0.0, 0.5, 0.5], [1.0, 1.0, 1.0, 1.0]])).tolist()
+    [[0.5, -0.5, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]]
+    """
+    spread = rewards != rewards[:, :1]  # equal rewards give exactly zero, whatever the rounding of their mean
+    return torch.where(spread.any(1, keepdim=True), rewards - rewards.mean(1, keepdim=True), 0.0)
+
+
+def policy_loss(logprobs, old, advantages, clip_low, clip_high):
+    """-min(rho A, clip(rho) A) of each token, the clipped surrogate of eq. 9. All shapes (N,).
+
+    >>> new, old = torch.tensor([0.5, 0.5, 0.5, 0.2]).log(), torch.tensor([0.5, 0.25, 0.25, 0.5]).log()
+    >>> policy_loss(new, old, torch.tensor([1.0, 1.0, -1.0, -1.0]), 0.2, 0.28)  # rho: 1, 2, 2, 0.4
+    tensor([-1.0000, -1.2800,  2.0000,  0.8000])
+    """
+    ratio = (logprobs - old).exp()
+    return -torch.minimum(ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)
+
+
+def kl_k3(logprobs, reference):
+    """The k3 estimate of KL(pi || pi_ref), exp(d) - d - 1 with d = log pi_ref - log pi: unbiased, never negative. (N,)
+
+    >>> kl_k3(torch.tensor([0.5]).log(), torch.tensor([0.25]).log())  # 1/2 - log(1/2) - 1
+    tensor([0.1931])
+    """
+    difference = (reference - logprobs).clamp(-20, 20)  # exp of more would overflow
+    return difference.exp() - difference - 1
+
+
+def training_rows(episodes, advantages):
+    """([(prompt ids, response ids, sampled log-probs, advantage)], N): the rows with a gradient, and N of the docstring."""
+    rows, tokens = [], 0
+    for episode, advantage in zip(episodes, advantages):
+        for response in (turn.response for turn in episode.turns):
+            if response.truncated:
+                continue
+            tokens += len(response.ids)
+            if advantage != 0:
+                rows.append((response.prompt_ids, response.ids, response.logprobs, advantage))
+    return rows, tokens
+
+
+def update(wrapped, reference, rows, tokens, old, optimizers, accelerator, config):
+    """One optimiser step on `rows`. old: {id of row: log-probs}, or None when the policy has not changed since sampling."""
+    totals = dict.fromkeys(("loss", "entropy", "clipped", "kl", "ratio"), 0.0)
+    gap = 0.0
+    for batch in micro_batches(rows, config.micro_batch_tokens):
+        with accelerator.autocast():
+            logprobs, entropy = wrapped(batch)  # (n,)
+        sizes = torch.tensor([len(row[1]) for row in batch], device=logprobs.device)
+        advantages = torch.tensor([row[3] for row in batch], device=logprobs.device).repeat_interleave(sizes)  # (n,)
+        sampled = torch.tensor([x for row in batch for x in row[2]], device=logprobs.device)
+        before = torch.cat([old[id(row)] for row in batch]) if old else logprobs.detach()
+        losses = policy_loss(logprobs, before, advantages, config.clip_low, config.clip_high)
+        if config.kl:
+            with torch.no_grad(), accelerator.autocast():
+                target, _ = reference(batch)
+            kl = kl_k3(logprobs, target)
+            losses, totals["kl"] = losses + config.kl * kl, totals["kl"] + kl.sum().item()
+        loss = losses.sum() / tokens  # one denominator for the whole step: micro-batches and their order do not matter
+        accelerator.backward(loss)
+        with torch.no_grad():
+            ratio = (logprobs - before).exp()
+            totals["loss"] += losses.sum().item()
+            totals["entropy"] += entropy.sum().item()
+            totals["clipped"] += ((ratio < 1 - config.clip_low) | (ratio > 1 + config.clip_high)).sum().item()
+            totals["ratio"] += (logprobs - sampled).exp().sum().item()
+            gap = max(gap, (logprobs - sampled).abs().max().item())
+    norm = clip_and_step(accelerator, wrapped, optimizers, config.max_grad_norm)
+    scored = max(1, sum(len(row[1]) for row in rows))
+    metrics = {name: total / scored for name, total in totals.items()}
+    return metrics | {"loss": totals["loss"] / max(1, tokens), "gap": gap, "grad_norm": norm}
+
+
+def score_rows(policy, rows, accelerator, config):
+    """{id of row: log-probs} under the present policy, without gradient."""
+    scored = {}
+    with torch.no_grad(), accelerator.autocast():
+        for batch in micro_batches(rows, config.micro_batch_tokens):
+            logprobs, _ = policy(batch)
+            for row, part in zip(batch, logprobs.split([len(row[1]) for row in batch])):
+                scored[id(row)] = part
+    return scored
+
+
+def find_start(config):
+    """The model to start from: this name's SFT policy, else --model. Ends with one sentence when there is neither."""
+    trained = config.folder("sft") / "model"
+    if trained.is_dir():
+        return str(trained)
+    if not config.model:
+        raise BadInput(f"{trained} does not exist: run sft.py with the same --name first, or give a pretrained --model")
+    return config.model
+
+
+def main():
+    config, _ = parse_args("GRPO from an SFT policy.", default_run=lambda name: Config(name=name).folder("sft"))
+    run = Run(config, "grpo")
+    accelerator = Accelerator(cpu=config.cpu, mixed_precision="bf16" if torch.cuda.is_available() and not config.cpu else "no")
+    set_seed(config.seed)
+    policy = open_policy(find_start(config), config).to(accelerator.device)
+    reference = copy.deepcopy(policy).requires_grad_(False) if config.kl else None
+    embed = load_embedder(config.embedder, accelerator.device)
+    stream, dev = load_tasks(config, "train", policy.count), load_tasks(config, "dev", policy.count)
+    held_out = [dev(index) for index in range(min(100, config.eval_tasks))]
+    optimizers = [accelerator.prepare(optimizer) for optimizer in make_optimizers(policy, config.grpo_lr, config.optimizer)]
+    wrapped = accelerator.prepare(policy)
+    run.create(accelerator)
+    bad_steps = 0
+    try:
+        for step in tqdm(range(1, config.grpo_steps + 1), desc="grpo", unit="step"):
+            started = time.perf_counter()
+            tasks = [stream((step - 1) * config.tasks_per_step + number) for number in range(config.tasks_per_step)]
+            tasks = [task for task in tasks for _ in range(config.group_size)]
+            episodes = run_episodes(tasks, policy, config, embed, scorer(config))
+            rolled_out = time.perf_counter()
+            rewards = torch.tensor([episode.reward for episode in episodes]).view(-1, config.group_size)
+            advantages = group_advantages(rewards)
+            rows, tokens = training_rows(episodes, advantages.flatten().tolist())
+            set_lr(optimizers, config.grpo_lr * min(1.0, step / config.warmup_steps))
+            metrics = {"reward": rewards.mean(), "dead_groups": (advantages == 0).all(1).float().mean(), **summarize(episodes)}
+            old = score_rows(policy, rows, accelerator, config) if config.updates_per_rollout > 1 else None
+            for _ in range(config.updates_per_rollout if rows else 0):
+                metrics |= update(wrapped, reference, rows, tokens, old, optimizers, accelerator, config)
+            bad_steps = 0 if math.isfinite(metrics.get("grad_norm", 0.0)) else bad_steps + 1
+            if bad_steps == MOST_BAD_STEPS:
+                raise BadInput(f"the loss or gradient was not finite in {bad_steps} steps running; the last good model is "
+                                 f"in {run.folder / 'model'}; lower --grpo_lr")
+            metrics |= {"bad_steps": bad_steps, "rollout_seconds": rolled_out - started,
+                        "seconds": time.perf_counter() - started}
+            metrics["tokens_per_second"] = sum(len(row[0]) + len(row[1]) for row in rows) / metrics["seconds"]
+            if step % config.save_every == 0 or step == config.grpo_steps:
+                policy.save(run.folder / "model")
+                metrics["held_out_em"] = mean_reward(evaluate(policy, held_out, config, embed))
+            run.log(step, metrics)
+    except KeyboardInterrupt:
+        print(f"stopped by hand; the checkpoint in {run.folder / 'model'} is of the last multiple of --save_every")
+    print(f"saved in {run.folder}; next: python evaluate.py --name {config.name}")
+
+
+def mean_reward(episodes):
+    return sum(episode.reward for episode in episodes) / len(episodes)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,254 @@
+"""The language model as a policy: create or load it, sample responses, score tokens, save it.
+
+Letters: B rows, P longest prompt, T longest prompt + response, N response tokens of all rows, D width, V vocabulary.
+"""
+
+import math
+
+import torch
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from agent import TAGS, Response, instruction, render, run_episodes
+from config import BadInput
+from tasks import corpus, scorer
+
+PAD, END, RESPONSE = "<pad>", "<end>", "<response>"
+# The tiny model learns its task from examples, so its template leaves the system message with the instruction out.
+TINY_TEMPLATE = "{% for message in messages if message.role == 'user' %}{{ message.content }}{% endfor %}" + RESPONSE
+LOGIT_SLICE = 2**24  # most logits in memory at once when tokens are scored
+
+
+class LanguageModel(torch.nn.Module):
+    """A causal LM with its tokenizer. Calling it scores tokens (for training); `respond` samples (for rollouts)."""
+
+    def __init__(self, model, tokenizer, config):
+        super().__init__()
+        if tokenizer.chat_template is None:
+            raise BadInput(f"{tokenizer.name_or_path} has no chat template; use an instruction-tuned model")
+        self.model, self.tokenizer, self.config = model, tokenizer, config
+        self.temperature = config.temperature
+        ends = model.generation_config.eos_token_id
+        ends = ends if isinstance(ends, list) else [tokenizer.eos_token_id if ends is None else ends]
+        self.end_ids = torch.tensor(ends)
+        # A checkpoint's vocabulary may be padded to a round size: ids beyond the tokenizer's are never sampled.
+        self.known_ids = min(len(tokenizer), model.config.vocab_size)
+
+    @property
+    def device(self):
+        return self.model.device
+
+    # --- prompts ---
+
+    def encode(self, observations):
+        """Prompt token ids of each observation. Entries that do not fit are dropped, the least similar first."""
+        limit, prompts = self.config.max_prompt_tokens, self._encode(observations)
+        for row, observation in enumerate(observations):
+            while len(prompts[row]) > limit and observation.entries:
+                observation.entries.pop()
+                prompts[row] = self._encode([observation])[0]
+            if len(prompts[row]) > limit:
+                raise BadInput(f"a prompt of {len(prompts[row])} tokens is over --max_prompt_tokens {limit}, even with no "
+                                 "entry shown: lower --chunk_tokens or --questions, or raise the limit")
+        return prompts
+
+    def _encode(self, observations):
+        system = {"role": "system", "content": instruction(self.config)}
+        texts = self.tokenizer.apply_chat_template(
+            [[system, {"role": "user", "content": render(observation)}] for observation in observations],
+            tokenize=False, add_generation_prompt=True, enable_thinking=False)
+        return self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+
+    def count(self, text):
+        """Number of tokens of a text."""
+        return len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    # --- sampling ---
+
+    def respond(self, observations):
+        """One sampled Response for each observation (`temperature` 0: the most probable tokens)."""
+        prompts = self.encode(observations)
+        by_length = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))  # similar lengths, little padding
+        responses = [None] * len(prompts)
+        for start in range(0, len(prompts), self.config.sample_rows):
+            rows = by_length[start : start + self.config.sample_rows]
+            for row, (ids, logprobs, ended) in zip(rows, self._sample([prompts[row] for row in rows])):
+                text = self.tokenizer.decode(ids[:-1] if ended else ids)
+                responses[row] = Response(text, prompts[row], ids, logprobs, truncated=not ended)
+        return responses
+
+    @torch.no_grad()
+    def _sample(self, prompts):
+        """[(ids, log-probs, whether it ended by itself)] for each prompt; the end token is the last of its ids."""
+        longest, device = max(map(len, prompts)), self.device
+        ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)  # (B, P), padded on the left
+        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
+        position = (mask.cumsum(1) - 1).clamp(min=0)
+        cache, ends = DynamicCache(config=self.model.config), self.end_ids.to(device)
+        alive = torch.arange(len(prompts), device=device)  # the prompt of each row that is still in the batch
+        drawn = [([], [], False) for _ in prompts]
+        for step in range(self.config.max_response_tokens):
+            logits = self.model(input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache,
+                                use_cache=True, logits_to_keep=1).logits[:, -1]  # (B, V)
+            logprobs = self.log_softmax(logits)
+            token = logprobs.argmax(-1) if self.temperature == 0 else torch.multinomial(logprobs.exp(), 1)[:, 0]  # (B,)
+            chosen = logprobs.gather(1, token[:, None])[:, 0]
+            ended = torch.isin(token, ends)
+            for row, id, logprob, end in zip(alive.tolist(), token.tolist(), chosen.tolist(), ended.tolist()):
+                drawn[row] = (drawn[row][0] + [id], drawn[row][1] + [logprob], end)
+            if ended.all():
+                break
+            ids, position = token[:, None], position[:, -1:] + 1
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+            if ended.any():  # finished rows leave the batch
+                keep = (~ended).nonzero()[:, 0]
+                cache.batch_select_indices(keep)
+                ids, position, mask, alive = ids[keep], position[keep], mask[keep], alive[keep]
+        return drawn
+
+    def log_softmax(self, logits):
+        """Log-probabilities (..., V) of the distribution that is sampled from: temperature, and no unknown ids."""
+        logits = logits.float() / (self.temperature or 1.0)
+        logits[..., self.known_ids :] = -math.inf
+        return logits.log_softmax(-1)
+
+    # --- scoring ---
+
+    def forward(self, rows):
+        """Log-probabilities (N,) of the response tokens of `rows`, and the entropy (N,) of each one's distribution.
+
+        rows: list of (prompt ids, response ids, ...). The N tokens come row after row, in order.
+        """
+        length = max(len(prompt) + len(response) for prompt, response, *_ in rows)
+        ids = torch.tensor([prompt + response + [0] * (length - len(prompt) - len(response)) for prompt, response, *_ in rows])
+        # The token at position t is predicted at t - 1. Masks come from lengths alone, never from token values.
+        where = torch.tensor([row * length + len(prompt) - 1 + t
+                              for row, (prompt, response, *_) in enumerate(rows) for t in range(len(response))])
+        targets = torch.tensor([id for _, response, *_ in rows for id in response], device=self.device)
+        # Padding stands on the right, where a causal model's real tokens never see it: no attention mask is needed.
+        hidden = self.model.get_decoder()(input_ids=ids.to(self.device), use_cache=False).last_hidden_state  # (B, T, D)
+        hidden = hidden.flatten(0, 1)[where.to(self.device)]  # (N, D)
+        tokens = max(1, LOGIT_SLICE // self.model.config.vocab_size)
+        parts = [checkpoint(self._score, h, t, use_reentrant=False) if len(hidden) > tokens else self._score(h, t)
+                 for h, t in zip(hidden.split(tokens), targets.split(tokens))]
+        return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+
+    def _score(self, hidden, targets):
+        logprobs = self.log_softmax(self.model.get_output_embeddings()(hidden))  # (n, V)
+        with torch.no_grad():
+            entropy = -torch.xlogy(logprobs.exp(), logprobs.exp()).sum(-1)
+        return logprobs.gather(1, targets[:, None])[:, 0], entropy
+
+    # --- files ---
+
+    def save(self, folder):
+        """Write a folder that AutoModelForCausalLM and AutoTokenizer open."""
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+
+def open_policy(name, config):
+    """The policy saved in a folder, or a pretrained model by its hub name; for "" a new tiny model for config.task."""
+    if not name:
+        return create_tiny(train_tokenizer(corpus(config), config, word_level=config.task == "town"), config)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)  # master weights; bf16 only as autocast
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{name}: transformers cannot load this model: {error}") from error
+    return LanguageModel(model, tokenizer, config)
+
+
+def create_tiny(tokenizer, config):
+    """A Qwen3 with random weights. Heads of 64 dimensions: Qwen3's QK-norm caps how sharp smaller ones can attend."""
+    torch.manual_seed(config.seed)
+    model = Qwen3ForCausalLM(Qwen3Config(
+        vocab_size=len(tokenizer), hidden_size=config.hidden_size, num_hidden_layers=config.layers,
+        num_attention_heads=config.heads, num_key_value_heads=config.heads, head_dim=64,
+        intermediate_size=2 * config.hidden_size, tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": float(config.max_prompt_tokens)},  # short texts, fast turns
+        max_position_embeddings=config.max_prompt_tokens + config.max_response_tokens,
+        bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
+    return LanguageModel(model, tokenizer, config)
+
+
+def train_tokenizer(texts, config, word_level):
+    """The tiny model's tokenizer: the words of `texts` (word level), or a byte-level BPE trained on them.
+
+    The tags of the dialect are single tokens.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    special = [PAD, END, RESPONSE] + [f"<{slash}{tag}>" for tag in TAGS[config.dialect].values() for slash in ("", "/")]
+    if word_level:
+        tokenizer = Tokenizer(models.WordLevel(unk_token=PAD))
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()])
+        trainer = trainers.WordLevelTrainer(special_tokens=special)
+    else:
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(vocab_size=config.vocab_size, special_tokens=special,
+                                      initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=END, chat_template=TINY_TEMPLATE,
+                                   clean_up_tokenization_spaces=False)
+
+
+# --- for both trainers -----------------------------------------------------------------------------------------------
+
+
+def make_optimizers(policy, lr, kind):
+    """Optimisers that together cover all parameters, on fp32 master weights.
+
+    'muon': torch's Muon for the matrices inside the blocks, with updates scaled to AdamW's size so that one learning rate
+    serves both; AdamW for embeddings, head and norms. 'adamw': AdamW alone. No weight decay.
+    """
+    embeddings = {id(module.weight) for module in policy.modules() if isinstance(module, torch.nn.Embedding)}
+    embeddings.add(id(policy.model.get_output_embeddings().weight))
+    matrices = [p for p in policy.parameters() if p.ndim == 2 and id(p) not in embeddings] if kind == "muon" else []
+    chosen = {id(p) for p in matrices}
+    others = [p for p in policy.parameters() if id(p) not in chosen]
+    optimizers = [torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)]
+    if matrices:
+        optimizers.append(torch.optim.Muon(matrices, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
+    return optimizers
+
+
+def set_lr(optimizers, lr):
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+
+
+def clip_and_step(accelerator, wrapped, optimizers, max_norm):
+    """Clip the gradient, step and zero it. Returns its norm before clipping; a step with a non-finite one is left out."""
+    norm = accelerator.clip_grad_norm_(wrapped.parameters(), max_norm).item()
+    for optimizer in optimizers:
+        if math.isfinite(norm):
+            optimizer.step()
+        optimizer.zero_grad()
+    return norm
+
+
+def micro_batches(rows, max_tokens):
+    """Split `rows` of (prompt ids, response ids, ...) into lists of at most `max_tokens`, padding included.
+
+    Rows of similar length go together; the longest come first, so that running out of memory shows at once.
+    """
+    batches, width = [], 0
+    for row in sorted(rows, key=lambda row: -len(row[0]) - len(row[1])):
+        if not batches or width * (len(batches[-1]) + 1) > max_tokens:
+            batches.append([])
+            width = len(row[0]) + len(row[1])  # the longest of this batch
+        batches[-1].append(row)
+    return batches
+
+
+def evaluate(policy, tasks, config, embed, progress=lambda turns, done: None):
+    """Episodes of `tasks` at the evaluation temperature."""
+    training = getattr(policy, "temperature", None)  # a scripted policy has none
+    policy.temperature = config.eval_temperature
+    episodes = run_episodes(tasks, policy, config, embed, scorer(config), progress)
+    policy.temperature = training
+    return episodes

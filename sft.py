@@ -1,0 +1,312 @@
+"""Supervised fine-tuning: a first policy from demonstrations.
+
+    python sft.py                                                       the town, a tiny model, on a CPU: runs/town/sft
+    python sft.py --task hotpotqa --data hotpot_train.json --documents 50
+    python sft.py --model Qwen/Qwen3-0.6B --task hotpotqa --data hotpot_train.json
+
+1. Scripted demonstrators play training tasks through the agent loop, from the observation alone. In the town they follow a
+   mixture of workflows, one per episode, most of them poor: SFT learns the mixture, and GRPO has to find what pays.
+2. Episodes with a task score below `keep_score` are dropped, as the paper drops its teacher's.
+3. Every turn of the others is one row, (prompt, response), and the loss is the cross-entropy of the response tokens:
+
+       L = - sum_rows sum_t log pi(response_t | prompt, response_<t) / (response tokens of the batch)
+"""
+
+import random
+import re
+import time
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from tqdm import tqdm
+
+import tasks as town
+from agent import TAGS, Response, run_episodes
+from config import BadInput, Run, parse_args
+from memory import load_embedder
+from policy import clip_and_step, evaluate, make_optimizers, micro_batches, open_policy, set_lr
+from tasks import load_tasks, scorer
+
+# --- the town's demonstrator ---------------------------------------------------------------------------------------
+
+NAME = "(?P<name>" + "|".join(town.NAMES) + ")"
+PATTERNS = [(kind, re.compile(template.format(name=NAME, value=r"(?P<value>\w+)"))) for kind, template in town.SENTENCES.items()]
+PATTERNS.append(("pet", re.compile(town.RETRACTION.format(name=NAME))))
+
+# Which share of the demonstrations each workflow has; those that cannot work with what is switched off drop out.
+WORKFLOWS = {
+    "full": 0.4,  # Reads the asked person's name first; Updates and Deletes the entries that this brings into view
+    "append": 0.35,  # never Reads while reading: old and new facts stand side by side
+    "lazy": 0.25,  # like append, and stores nothing about people whom no question names
+    "notes": 0.0,  # everything in the scratchpad, rewritten at each chunk (MemAgent's workflow)
+}
+
+
+def facts_in(text):
+    """[(kind, name, value)] of the town's sentences in `text`; value is None for a retraction, "" for an event."""
+    found = []
+    for sentence in text.split("."):
+        for kind, pattern in PATTERNS:
+            if match := pattern.fullmatch(sentence.strip()):
+                value = match.groupdict().get("value", "" if kind == "market" else None)
+                found.append((kind, match["name"], value))
+    return found
+
+
+def sentence(kind, name, value):
+    return (town.RETRACTION if value is None else town.SENTENCES[kind]).format(name=name, value=value)
+
+
+class TownDemonstrator:
+    """Plays one workflow, from the observation alone. With probability `noise` it overlooks a sentence."""
+
+    def __init__(self, workflow, config, noise=0.02):
+        self.workflow, self.config, self.noise = workflow, config, noise
+        self.rng = random.Random(f"{workflow} {config.seed}")
+
+    def respond(self, observations):
+        return [Response(self.read(o) if o.question is None else self.answer(o)) for o in observations]
+
+    def write(self, kind, text):
+        tag = TAGS[self.config.dialect][kind]
+        if self.config.dialect == "released":
+            text = {"answer": f"\\boxed{{{text}}}", "update": f"Memory {text}", "delete": f"Memory {text}"}.get(kind, text)
+        return f"<{tag}>{text}</{tag}>"
+
+    def read(self, o):
+        asked = " ".join(o.questions)
+        person = re.search(NAME, asked)[0]
+        if self.workflow == "full" and not o.query:
+            return self.write("read", person)
+        news, visits = {}, 0  # of two sentences about the same thing in one chunk, the later one counts
+        for kind, name, value in facts_in(o.chunk):
+            if self.rng.random() < self.noise:
+                continue
+            if kind == "market":
+                visits += name == person
+            elif name == person or ("boss" in asked and kind != "boss" and self.workflow != "lazy"):
+                news[kind, name] = value  # whoever turns out to be the boss, these facts may be asked for
+        if self.workflow == "notes":
+            return self.rewrite_notes(o, asked, news, visits)
+        operations = [self.record(o, kind, name, value) for (kind, name), value in news.items()]
+        if visits and "market" in asked:
+            if self.config.enabled("scratchpad"):
+                operations.append(self.write("scratchpad", int(o.scratchpad or 0) + visits))
+            else:
+                operations += [self.write("create", sentence("market", person, ""))] * visits
+        return "".join(operations)
+
+    def record(self, o, kind, name, value):
+        """The operations that bring one fact into the store."""
+        shown = {fact[:2]: number for number, entry in enumerate(o.entries, 1) for fact in facts_in(entry.text)}
+        number, text = shown.get((kind, name)), sentence(kind, name, value)
+        if self.workflow != "full":
+            return self.write("create", text)
+        if number and value is None and self.config.enabled("delete"):
+            return self.write("delete", number)
+        if number and self.config.enabled("update"):
+            return self.write("update", f"{number}: {text}")
+        if number and self.config.enabled("delete"):
+            return self.write("delete", number) + self.write("create", text)
+        return self.write("create", text) if value is not None else ""
+
+    def rewrite_notes(self, o, asked, news, visits):
+        """The scratchpad with the news worked in: what is asked of the person, and of the boss once that is known."""
+        person, notes = re.search(NAME, asked)[0], {fact[:2]: fact[2] for fact in facts_in(o.scratchpad)}
+        count = re.search(r"market (\d+)", o.scratchpad)
+        count = int(count[1] if count else 0) + (visits if "market" in asked else 0)
+        news = {**notes, **news}
+        boss = news.get(("boss", person))
+        kept = {key: value for key, value in news.items() if value is not None and key[1] in (person, boss)}
+        text = ". ".join([sentence(*key, value) for key, value in kept.items()][:3] + [f"market {count}"] * (count > 0))
+        return self.write("scratchpad", text) if text != o.scratchpad.replace(" .", ".") else ""
+
+    def answer(self, o):
+        person = re.search(NAME, o.question)[0]
+        kind = next(kind for kind, text in town.QUESTIONS.items() if text.format(name=person) == o.question)
+        facts = [fact for text in [o.scratchpad, *(entry.text for entry in o.entries)] for fact in facts_in(text)]
+        if kind == "market" and self.config.enabled("scratchpad"):
+            return self.write("answer", re.sub(r".*\D", "", o.scratchpad) or "0")
+        if kind == "market":
+            return self.look_up(o, "market", person, [str(facts.count(("market", person, "")))] if "market" in o.query else [])
+        *hop, kind = kind.split()
+        if hop:
+            bosses = [value for k, name, value in facts if (k, name) == ("boss", person)]
+            second = [name for name in town.NAMES if o.query == query_for(kind, name) and name != person]
+            if not bosses and not second:
+                return self.look_up(o, "boss", person, [])
+            person = second[0] if second else self.rng.choice(bosses)
+        return self.look_up(o, kind, person, [value for k, name, value in facts if (k, name) == (kind, person)])
+
+    def look_up(self, o, kind, name, values):
+        """Answer with one of `values`; if there is none, Read for it once, then give in."""
+        if not values and self.config.enabled("read") and o.query != query_for(kind, name):
+            return self.write("read", query_for(kind, name))
+        return self.write("answer", (values and self.rng.choice(values)) or "none")
+
+
+def query_for(kind, name):
+    """The words that the sentences of one kind about one person share, without the fillers: 'Anna lives'."""
+    return " ".join(sentence(kind, name, "").split()[:2])
+
+
+# --- the demonstrator for QA files ---------------------------------------------------------------------------------
+
+
+class GoldDemonstrator:
+    """Plays QA tasks with the help of the file's gold facts, so that no paid teacher is needed.
+
+    Reading: it Creates an entry for each supporting sentence in the chunk. Answering: it Reads by the question's words, then
+    by these and what they brought; it gives the gold answer if all the supporting sentences are in view, else none.
+    """
+
+    def __init__(self, tasks, config, count):
+        self.questions = {question.text: question for task in tasks for question in task.questions}
+        self.config, self.count = config, count
+
+    respond, write = TownDemonstrator.respond, TownDemonstrator.write
+
+    def read(self, o):
+        response = ""
+        for support in dict.fromkeys(fact for text in o.questions for fact in self.questions[text].support):
+            operation = self.write("create", ": ".join(support))
+            fits = self.count(response + operation) < self.config.max_response_tokens  # < leaves room for the end token
+            if fits and support[1] in o.chunk:
+                response += operation
+        return response
+
+    def answer(self, o):
+        question = self.questions[o.question]
+        shown = {entry.text for entry in o.entries}
+        found = [": ".join(support) for support in question.support if ": ".join(support) in shown]
+        if len(found) == len(question.support):
+            return self.write("answer", question.answers[0])
+        query = " ".join([question.text, *found])
+        return self.write("read", query) if query != o.query and self.count(query) + 3 <= self.config.max_response_tokens else ""
+
+
+# --- from demonstrations to rows -----------------------------------------------------------------------------------
+
+
+def workflow_shares(config):
+    """{workflow: share} of the demonstrations, as far as the operations that are switched on allow."""
+    if not config.enabled("create"):
+        return {"notes": 1.0}
+    able = config.enabled("read") and (config.enabled("update") or config.enabled("delete"))
+    shares = {name: share for name, share in WORKFLOWS.items() if share and (able or name != "full")}
+    return {name: share / sum(shares.values()) for name, share in shares.items()}
+
+
+def demonstrate(tasks, config, embed, count):
+    """Demonstrated episodes of `tasks`, unfiltered; which workflow plays a task of the town is drawn from the shares."""
+    if config.task != "town":
+        groups = [(GoldDemonstrator(tasks, config, count), tasks)]
+    else:
+        shares, rng = workflow_shares(config), random.Random(config.seed)
+        drawn = rng.choices(list(shares), list(shares.values()), k=len(tasks))
+        groups = [(TownDemonstrator(name, config), [task for task, one in zip(tasks, drawn) if one == name]) for name in shares]
+    episodes = []
+    with tqdm(total=len(tasks), desc="demonstrations", unit="episode") as bar:
+        for demonstrator, tasks in groups:
+            for start in range(0, len(tasks), 500):
+                episodes += run_episodes(tasks[start : start + 500], demonstrator, config, embed, scorer(config))
+                bar.update(len(tasks[start : start + 500]))
+    return episodes
+
+
+def lessons(config, stream):
+    """[(share of the steps, tasks)]: in the town, stories without two-hop questions come first.
+
+    In those every sentence about somebody else is to be passed over, so they teach the comparison of names, on which
+    all else rests, several times as fast as the full mixture does.
+    """
+    if config.task != "town" or not config.easy_share:
+        return [(1.0, [stream(index) for index in range(config.demonstrations)])]
+    easy = round(config.easy_share * config.demonstrations)
+    return [(config.easy_share, [stream(index, hops=False) for index in range(easy)]),
+            (1 - config.easy_share, [stream(index) for index in range(easy, config.demonstrations)])]
+
+
+def batches(taught, config):
+    """The batch of rows of each step. taught: [(share of the steps, rows)]; each lesson's rows come in passes, shuffled."""
+    rng, step = random.Random(config.seed), 0
+    for number, (share, rows) in enumerate(taught, start=1):
+        until = config.sft_steps if number == len(taught) else step + round(share * config.sft_steps)
+        order = []
+        for step in range(step, until):
+            while len(order) < config.sft_batch:
+                order += rng.sample(rows, len(rows))
+            yield order[: config.sft_batch]
+            order = order[config.sft_batch :]
+        step = until
+
+
+def rows_of(episodes, policy):
+    """(prompt ids, response ids) of every turn, with the end token that tells the policy to stop."""
+    turns = [turn for episode in episodes for turn in episode.turns]
+    rows = []
+    for start in range(0, len(turns), 1000):
+        part = turns[start : start + 1000]
+        texts = policy.tokenizer([turn.response.text for turn in part], add_special_tokens=False)["input_ids"]
+        prompts = policy.encode([turn.observation for turn in part])
+        rows += [(prompt, text + [policy.tokenizer.eos_token_id]) for prompt, text in zip(prompts, texts)]
+    return rows
+
+
+# --- the trainer ---------------------------------------------------------------------------------------------------
+
+
+def main():
+    config, _ = parse_args("Supervised fine-tuning on demonstrations.")
+    run = Run(config, "sft")
+    accelerator = Accelerator(cpu=config.cpu, mixed_precision="bf16" if torch.cuda.is_available() and not config.cpu else "no")
+    set_seed(config.seed)
+    policy = open_policy(config.model, config).to(accelerator.device)
+    embed = load_embedder(config.embedder, accelerator.device)
+    stream, taught = load_tasks(config, "train", policy.count), []
+    for share, tasks in lessons(config, stream):
+        episodes = demonstrate(tasks, config, embed, policy.count)
+        kept = [episode for episode in episodes if episode.reward >= config.keep_score]
+        if not kept:
+            raise BadInput(f"no demonstration reached --keep_score {config.keep_score}: nothing to learn from")
+        taught.append((share, rows_of(kept, policy)))
+        print(f"{len(episodes)} demonstrations, mean score {sum(e.reward for e in episodes) / len(episodes):.3f}; "
+              f"{len(kept)} kept, which make {len(taught[-1][1])} rows")
+
+    optimizers = [accelerator.prepare(optimizer) for optimizer in make_optimizers(policy, config.sft_lr, config.optimizer)]
+    wrapped = accelerator.prepare(policy)
+    run.create(accelerator)
+    bar = tqdm(total=config.sft_steps, desc="sft", unit="step")
+    try:
+        for step, batch in enumerate(batches(taught, config), start=1):
+            started = time.perf_counter()
+            lr = config.sft_lr * schedule(step, config.sft_steps)
+            set_lr(optimizers, lr)
+            tokens, loss_sum, right = sum(len(response) for _, response in batch), 0.0, 0
+            for rows_now in micro_batches(batch, config.micro_batch_tokens):
+                with accelerator.autocast():
+                    logprobs, _ = wrapped(rows_now)  # (N,)
+                accelerator.backward(-logprobs.sum() / tokens)
+                loss_sum -= logprobs.sum().item()
+                right += (logprobs > -0.6931).sum().item()  # above one half: certainly the most probable token
+            norm = clip_and_step(accelerator, wrapped, optimizers, config.max_grad_norm)
+            if step % 10 == 0 or step == config.sft_steps:
+                run.log(step, {"loss": loss_sum / tokens, "sure": right / tokens, "grad_norm": norm, "lr": lr,
+                               "tokens_per_second": tokens / (time.perf_counter() - started)})
+            bar.update()
+    except KeyboardInterrupt:
+        print(f"stopped by hand after step {step - 1}; the policy so far is saved")
+    policy.save(run.folder / "model")
+    tasks = [load_tasks(config, "dev", policy.count)(index) for index in range(min(100, config.eval_tasks))]
+    held_out = evaluate(policy, tasks, config, embed)
+    print(f"greedy EM on {len(tasks)} held-out tasks: {sum(e.reward for e in held_out) / len(tasks):.3f}; saved in {run.folder}")
+
+
+def schedule(step, steps):
+    """Linear warm-up over the first tenth, constant, then linear to 0 over the second half."""
+    return min(1.0, step / (0.1 * steps), (steps + 1 - step) / (0.5 * steps))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""Shared fixtures. Everything runs on a CPU, without network."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from agent import Response
+from config import Config
+from memory import HashedEmbedder
+from policy import create_tiny, train_tokenizer
+from tasks import Question, Task, corpus
+
+DATA = Path(__file__).parent / "data"
+
+
+class Scripted:
+    """A policy that writes given texts, one list per episode, and keeps what it was shown.
+
+    Episodes are told apart by their first question, so give every task its own.
+    """
+
+    def __init__(self, scripts):
+        self.scripts = {question: iter(texts) for question, texts in scripts.items()}
+        self.seen = {question: [] for question in scripts}
+
+    def respond(self, observations):
+        responses = []
+        for observation in observations:
+            self.seen[observation.questions[0]].append(observation)
+            responses.append(Response(next(self.scripts[observation.questions[0]], "")))
+        return responses
+
+
+def make_task(chunks, questions=("Who?",), answers=("Ben",)):
+    return Task("made-0", tuple(Question(q, (a,)) for q, a in zip(questions, answers)), tuple(chunks))
+
+
+@pytest.fixture
+def config():
+    return Config()
+
+
+@pytest.fixture
+def embed():
+    return HashedEmbedder()
+
+
+@pytest.fixture
+def tiny():
+    """A very small policy for the town, with random weights."""
+    torch.manual_seed(0)
+    config = Config(hidden_size=32, layers=2, heads=1)
+    return create_tiny(train_tokenizer(corpus(config), config, word_level=True), config)

@@ -1,0 +1,122 @@
+import json
+import random
+
+import numpy as np
+import pytest
+
+from memory import HashedEmbedder, Memory, TransformerEmbedder, load_embedder
+
+
+def filled(texts, embed, capacity=0):
+    memory = Memory(capacity)
+    for text, vector in zip(texts, embed(texts)):
+        memory.create(text, vector)
+    return memory
+
+
+def test_search_equals_a_plain_numpy_reference(embed):
+    """Bug: rows left behind by Delete, or not moved with their ids, are retrieved (or entries lost)."""
+    rng, memory, plain = random.Random(0), Memory(), {}
+    words = "anna ben lives works rome oslo cat dog".split()
+    for step in range(600):
+        text = " ".join(rng.choices(words, k=3))
+        vector, id = embed([text])[0], rng.choice(list(plain) or [0])
+        action = rng.choice(["create", "create", "update", "delete"])
+        if action == "create":
+            plain[memory.create(text, vector)] = (text, vector)
+        elif action == "update" and memory.update(id, text, vector):
+            plain[id] = (text, vector)
+        elif action == "delete" and memory.delete(id):
+            del plain[id]
+        assert memory.texts == {id: text for id, (text, _) in plain.items()}
+        query, k = embed([rng.choice(words)])[0], rng.randint(1, 5)
+        scored = [(round(float(v @ query), 5), -id) for id, (_, v) in plain.items() if v @ query > 1e-6]
+        expected = sorted(-id for _, id in sorted(scored, reverse=True)[:k])
+        assert sorted(entry.id for entry in memory.search(query, k)) == expected
+        similarities = [float(plain[entry.id][1] @ query) for entry in memory.search(query, k)]
+        assert all(a >= b - 1e-5 for a, b in zip(similarities, similarities[1:]))
+
+
+def test_ids_are_never_used_again(embed):
+    """Bug: an id given out again lets an old reference hit a new entry."""
+    memory = filled(["a b", "c d"], embed)
+    memory.delete(1)
+    assert memory.create("e f", embed(["e f"])[0]) == 2
+    assert not memory.update(1, "g", embed(["g"])[0]) and not memory.delete(1)
+
+
+def test_ties_go_to_the_older_entry_but_order_tells_no_age(embed):
+    """Bug: of two contradicting entries the newer one can be told by its place in the list."""
+    for texts in (["Anna lives in Rome", "Anna lives in Oslo"], ["Anna lives in Oslo", "Anna lives in Rome"]):
+        memory = filled(texts, embed)
+        query = embed(["Anna lives"])[0]
+        assert [entry.text for entry in memory.search(query, 1)] == texts[:1]
+        assert [entry.text for entry in memory.search(query, 2)] == sorted(texts)
+
+
+def test_nothing_in_common_is_not_retrieved(embed):
+    """Bug: the list is filled up with entries that have nothing to do with the query."""
+    memory = filled(["Anna lives in Rome", "Ben is a baker"], embed)
+    assert [entry.text for entry in memory.search(embed(["Anna"])[0], 5)] == ["Anna lives in Rome"]
+    assert memory.search(embed(["!?"])[0], 5) == []
+
+
+def test_full_store_refuses_create(embed):
+    """Bug: the capacity limit drops an old entry silently, or is off by one."""
+    memory = filled(["a", "b"], embed, capacity=2)
+    assert memory.create("c", embed(["c"])[0]) is None and len(memory) == 2
+    memory.delete(0)
+    assert memory.create("c", embed(["c"])[0]) == 2
+
+
+def test_save_and_load(tmp_path, embed):
+    """Bug: ids, their counter, the scratchpad or the vectors' last bits do not survive the file."""
+    memory = filled(["Anna lives in Rome", "Ben is a baker", "Anna has a cat"], embed)
+    memory.delete(2)
+    memory.scratchpad = "3"
+    memory.save(tmp_path / "memory.json")
+    loaded = Memory.load(tmp_path / "memory.json")
+    assert (loaded.texts, loaded.scratchpad, loaded.next_id) == (memory.texts, "3", 3)
+    assert np.array_equal(loaded._vectors[:2], memory._vectors[:2])
+    (tmp_path / "bad.json").write_text(json.dumps({"entries": []}))
+    with pytest.raises(ValueError, match="bad.json"):
+        Memory.load(tmp_path / "bad.json")
+
+
+def test_hashed_embedder_is_unit_length_and_stable(embed):
+    """Bug: Python's salted hash() gives other vectors in every process."""
+    vectors = embed(["Anna lives in Rome", "rome IN lives anna!", ""])
+    assert vectors.dtype == np.float32 and np.allclose(np.linalg.norm(vectors, axis=1), [1, 1, 0])
+    assert np.allclose(vectors[0], vectors[1])
+    assert np.flatnonzero(HashedEmbedder(1024)(["Anna"])[0]).tolist() == [695]
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_transformer_embedder(tmp_path, causal):
+    """Bug: padding leaks into the pooled vector, so that a text's vector hangs on its neighbours in the batch."""
+    import torch
+    from transformers import BertConfig, BertModel, Qwen3Config, Qwen3ForCausalLM
+
+    from config import Config
+    from policy import train_tokenizer
+    from tasks import town_texts
+
+    torch.manual_seed(0)
+    tokenizer = train_tokenizer(town_texts(), Config(), word_level=True)
+    sizes = dict(vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
+    model = (Qwen3ForCausalLM(Qwen3Config(num_key_value_heads=2, head_dim=16, **sizes)) if causal
+             else BertModel(BertConfig(max_position_embeddings=64, **sizes)))
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    embedder = load_embedder(str(tmp_path))
+    assert isinstance(embedder, TransformerEmbedder) and embedder.causal == causal
+    together = embedder(["Anna lives in Rome", "Anna"])
+    assert together.dtype == np.float32 and np.allclose(np.linalg.norm(together, axis=1), 1, atol=1e-5)
+    assert np.allclose(together[1], embedder(["Anna"])[0], atol=1e-5)
+    assert np.allclose(embedder(["Anna"], query=True)[0], together[1], atol=1e-5) != causal
+
+
+def test_unknown_embedder_is_one_sentence(tmp_path):
+    """Bug: a mistyped folder ends in a page of traceback that does not name the flag."""
+    with pytest.raises(ValueError, match="--embedder"):
+        load_embedder(str(tmp_path / "nothing"))

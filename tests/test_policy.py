@@ -1,0 +1,189 @@
+import math
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+
+from agent import TAGS, Observation, render, run_episodes
+from config import Config
+from memory import Entry
+from policy import LanguageModel, evaluate, make_optimizers, micro_batches, open_policy, train_tokenizer
+from tasks import exact_match, town_task, town_texts
+
+
+def observations(number):
+    tasks = [town_task(index, "train", Config()) for index in range(number)]
+    return [Observation(tuple(q.text for q in t.questions), "2" * (i % 2), "Anna", [Entry(0, "Anna has a cat")] * (i % 3), t.chunks[0])
+            for i, t in enumerate(tasks)]
+
+
+def qwen3(tokenizer, config, vocab_size):
+    """A random-weight Qwen3 whose vocabulary is larger than its tokenizer's, as the published checkpoints' are."""
+    torch.manual_seed(0)
+    model = Qwen3ForCausalLM(Qwen3Config(vocab_size=vocab_size, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+                                         num_key_value_heads=1, head_dim=16, intermediate_size=64, initializer_range=0.3,
+                                         eos_token_id=tokenizer.eos_token_id, bos_token_id=None))
+    return LanguageModel(model, tokenizer, config)
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 1.3])
+@pytest.mark.parametrize("padding", [0, 13])
+def test_the_trainer_scores_the_distribution_that_was_sampled(tiny, temperature, padding):
+    """Bug: temperature, padded vocabulary or padding differ between sampling and scoring (rules 1, 4 and 11)."""
+    config = Config(temperature=temperature, sample_rows=5)
+    policy = qwen3(tiny.tokenizer, config, len(tiny.tokenizer) + padding)
+    responses = policy.respond(observations(60))
+    rows = [(r.prompt_ids, r.ids) for r in responses]
+    assert len({len(prompt) for prompt, _ in rows}) > 1 and len({len(ids) for _, ids in rows}) > 1
+    logprobs, entropy = policy(rows)
+    sampled = torch.tensor([x for r in responses for x in r.logprobs])
+    assert (logprobs - sampled).abs().max() < 1e-4
+    assert max(id for _, ids in rows for id in ids) < len(tiny.tokenizer)
+    assert (entropy > 0).all() and (entropy <= math.log(len(tiny.tokenizer)) + 1e-4).all()
+
+
+def test_scores_do_not_depend_on_the_batch(tiny):
+    """Bug: padding of other rows, or their order, changes a row's log-probabilities."""
+    rows = [(r.prompt_ids, r.ids) for r in tiny.respond(observations(8))]
+    together = tiny(rows)[0].split([len(ids) for _, ids in rows])
+    for row, part in zip(rows, together):
+        assert torch.allclose(tiny([row])[0], part, atol=1e-5)
+
+
+def test_scores_equal_a_plain_forward(tiny):
+    """Bug: log-probabilities shifted by one position."""
+    [row] = [(r.prompt_ids, r.ids) for r in tiny.respond(observations(1))]
+    ids = torch.tensor([row[0] + row[1]])
+    plain = tiny.model(ids).logits[0].log_softmax(-1)
+    expected = [plain[len(row[0]) + t - 1, id].item() for t, id in enumerate(row[1])]
+    assert tiny([row])[0].tolist() == pytest.approx(expected, abs=1e-4)
+
+
+def test_scoring_in_slices_changes_nothing(tiny, monkeypatch):
+    """Bug: the slices that keep memory low lose or double the gradient of some tokens."""
+    rows = [(r.prompt_ids, r.ids) for r in tiny.respond(observations(6))]
+
+    def gradient():
+        tiny.zero_grad()
+        logprobs, entropy = tiny(rows)
+        (logprobs.sum() / 100).backward()
+        return logprobs.detach(), entropy, torch.cat([p.grad.flatten() for p in tiny.parameters()])
+
+    whole = gradient()
+    monkeypatch.setattr("policy.LOGIT_SLICE", 3 * tiny.model.config.vocab_size)
+    for a, b in zip(whole, gradient()):
+        assert torch.allclose(a, b, atol=1e-5)
+
+
+def test_the_end_token_is_part_of_a_finished_response(tiny):
+    """Bug: the end token is left out of the sampled ids, so that stopping is never trained (rule 1)."""
+    tiny.config.max_response_tokens = 6
+    responses = tiny.respond(observations(200))
+    end = tiny.tokenizer.eos_token_id
+    assert any(r.truncated for r in responses) and any(not r.truncated for r in responses)
+    for r in responses:
+        assert len(r.ids) == len(r.logprobs) <= 6
+        assert (r.ids[-1] == end) == (not r.truncated) and end not in r.ids[:-1]
+        assert "<end>" not in r.text
+
+
+def test_greedy_is_the_most_probable_token(tiny):
+    """Bug: evaluation at temperature 0 still samples, or training's temperature is not put back afterwards."""
+    config = Config(eval_tasks=3)
+    tasks = [town_task(index, "test", config) for index in range(3)]
+    embed = lambda texts, query=False: torch.ones(len(texts), 1).numpy()
+    first, second = (evaluate(tiny, tasks, config, embed) for _ in range(2))
+    assert [t.response.text for e in first for t in e.turns] == [t.response.text for e in second for t in e.turns]
+    assert tiny.temperature == config.temperature
+
+
+def test_entries_that_do_not_fit_are_left_out_from_the_end(tiny):
+    """Bug: a prompt over the limit is cut anywhere, or the numbers shown no longer match the entries."""
+    [observation] = observations(1)
+    observation.entries = [Entry(n, "Anna has a cat") for n in range(50)]
+    tiny.config.max_prompt_tokens = 100
+    [ids] = tiny.encode([observation])
+    assert len(ids) <= 100 and 0 < len(observation.entries) < 50
+    assert [entry.id for entry in observation.entries] == list(range(len(observation.entries)))
+    tiny.config.max_prompt_tokens = 10
+    with pytest.raises(ValueError, match="--max_prompt_tokens"):
+        tiny.encode([observation])
+
+
+def test_tags_are_single_tokens(tiny):
+    """Bug: a tag falls apart into letters, which makes a tiny model's responses several times as long."""
+    qa = train_tokenizer(["Some text about nothing much."] * 10, Config(vocab_size=300), word_level=False)
+    for tokenizer in (tiny.tokenizer, qa):
+        for tag in TAGS["paper"].values():
+            assert len(tokenizer(f"<{tag}></{tag}>")["input_ids"]) == 2
+    text = "Ünïcode: 漢字,  two spaces <create_memory>x y</create_memory>"
+    assert qa.decode(qa(text)["input_ids"]) == text
+
+
+def test_demonstrations_read_as_the_model_would_write_them(tiny):
+    """Bug: a word-level round trip changes a demonstration, so that SFT teaches what the agent loop cannot parse."""
+    from sft import TownDemonstrator
+
+    config = Config()
+    for task in (town_task(index, "train", config) for index in range(20)):
+        from memory import HashedEmbedder
+        [plain] = run_episodes([task], TownDemonstrator("full", config, 0.0), config, HashedEmbedder(), exact_match)
+
+        class Echo(TownDemonstrator):
+            def respond(self, shown):
+                responses = super().respond(shown)
+                for response in responses:
+                    response.text = tiny.tokenizer.decode(tiny.tokenizer(response.text)["input_ids"])
+                return responses
+
+        [echoed] = run_episodes([task], Echo("full", config, 0.0), config, HashedEmbedder(), exact_match)
+        assert echoed.memory.texts == plain.memory.texts and echoed.scores == plain.scores
+
+
+def test_save_and_open(tiny, tmp_path):
+    """Bug: a saved run does not open with the Auto classes, or comes back with another prompt or other weights."""
+    tiny.save(tmp_path / "model")
+    tokenizer, model = AutoTokenizer.from_pretrained(tmp_path / "model"), AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert tokenizer.chat_template == tiny.tokenizer.chat_template
+    loaded = open_policy(str(tmp_path / "model"), tiny.config)
+    assert loaded.encode(observations(3)) == tiny.encode(observations(3))
+    for a, b in zip(loaded.parameters(), tiny.parameters()):
+        assert torch.equal(a, b)
+    assert model.num_parameters() == tiny.model.num_parameters()
+
+
+def test_a_chat_model_gets_instruction_and_observation(tiny):
+    """Bug: evaluation flattens system and user messages into another prompt than the one trained on."""
+    tokenizer = train_tokenizer(town_texts() + ["system user assistant"], Config(vocab_size=500), word_level=False)
+    tokenizer.chat_template = ("{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+                               "{% if add_generation_prompt %}[assistant]{% endif %}")
+    config = Config(max_prompt_tokens=4000)
+    policy = qwen3(tokenizer, config, len(tokenizer))
+    [observation] = observations(1)
+    text = tokenizer.decode(policy.encode([observation])[0])
+    assert text.startswith("[system]You read a long text") and text.endswith("[user]" + render(observation) + "[assistant]")
+
+
+def test_a_model_without_chat_template_is_refused(tiny, tmp_path):
+    """Bug: a base model is prompted in a format it has never seen, without a word."""
+    tiny.tokenizer.chat_template = None
+    tiny.save(tmp_path / "model")
+    with pytest.raises(SystemExit, match="no chat template"):
+        open_policy(str(tmp_path / "model"), Config())
+    with pytest.raises(SystemExit, match="cannot load"):
+        open_policy(str(tmp_path / "nothing"), Config())
+
+
+@pytest.mark.parametrize("kind", ["muon", "adamw"])
+def test_every_parameter_has_one_optimiser(tiny, kind):
+    """Bug: a parameter in no optimiser never learns; one in two learns twice."""
+    held = [id(p) for o in make_optimizers(tiny, 1e-3, kind) for group in o.param_groups for p in group["params"]]
+    assert sorted(held) == sorted(id(p) for p in tiny.parameters())
+
+
+def test_micro_batches_keep_to_the_budget():
+    """Bug: rows lost or doubled by the batching, or more padded tokens than allowed."""
+    rows = [([0] * (7 * n % 50), [0] * (n % 9 + 1), n) for n in range(200)]
+    batches = list(micro_batches(rows, 128))
+    assert sorted(row[2] for batch in batches for row in batch) == list(range(200))
+    assert all(max(len(r[0]) + len(r[1]) for r in batch) * len(batch) <= 128 for batch in batches)
