@@ -319,7 +319,8 @@ def summarize(episodes):
     turns = [turn for episode in episodes for turn in episode.turns]
     operations = [operation for turn in turns for operation in turn.operations]
     rates = {kind: sum(o.kind == kind and not o.error for o in operations) / len(turns) for kind in TAGS["paper"]}
-    return rates | {
+    scores = [score for episode in episodes for score in episode.scores]
+    return {"em": sum(scores) / len(scores)} | rates | {
         "invalid": sum(bool(o.error) for o in operations) / len(turns),
         "truncated": sum(turn.response.truncated for turn in turns) / len(turns),
         "turns": len(turns) / len(episodes),

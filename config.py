@@ -14,6 +14,8 @@ import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from accelerate import Accelerator
+from accelerate.utils import set_seed
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
@@ -194,25 +196,33 @@ def load_settings(run):
 
 
 class Run:
-    """A run folder: config.json, metrics.jsonl (one line a step), model/ (opens with AutoModelForCausalLM)."""
+    """A run folder, runs/<name>/<stage>: config.json, metrics.jsonl (one line a step), model/ (for AutoModelForCausalLM)."""
 
     def __init__(self, config, stage):
-        self.config, self.stage, self.folder = config, stage, config.folder(stage)
+        self.config, self.folder = config, config.folder(stage)
         if (self.folder / "metrics.jsonl").exists() and not config.overwrite:
             raise BadInput(f"{self.folder} already holds a run: choose another --name, or replace it with --overwrite")
-        self.accelerator = None
+        try:
+            self.accelerator = Accelerator(cpu=config.cpu, log_with=config.log_with or None, project_dir=self.folder)
+        except ValueError as error:
+            raise BadInput(f"--log_with {config.log_with}: {error}") from error
+        if config.log_with and not self.accelerator.log_with:
+            raise BadInput(f"--log_with {config.log_with}: that tracker is not installed")
+        set_seed(config.seed)
 
-    def create(self, accelerator):
-        """Make the folder; call it when all that can fail on bad input has been done."""
-        self.accelerator = accelerator
-        shutil.rmtree(self.folder, ignore_errors=True)  # exists only with --overwrite, or without a single step
+    def create(self):
+        """Make the folder. Called when all that can fail on bad input has been done, so that nothing half-made is left."""
+        shutil.rmtree(self.folder, ignore_errors=True)  # there is something only with --overwrite
         self.folder.mkdir(parents=True)
         self.config.save(self.folder)
         (self.folder / "metrics.jsonl").touch()
+        if self.config.log_with:
+            self.accelerator.init_trackers("atommem")
 
     def log(self, step, metrics):
-        """Append the step's metrics to metrics.jsonl, and print them on one line."""
-        metrics = {"step": step, **{name: round(float(value), 6) for name, value in metrics.items()}}
+        """Append the step's metrics to metrics.jsonl, print them on one line, and pass them to the tracker."""
+        metrics = {name: round(float(value), 6) for name, value in metrics.items()}
         with open(self.folder / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(metrics) + "\n")
-        tqdm.write("  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+            file.write(json.dumps({"step": step, **metrics}) + "\n")
+        tqdm.write("  ".join([f"step {step}", *(f"{name} {value:.4g}" for name, value in metrics.items())]))
+        self.accelerator.log(metrics, step=step)

@@ -3,6 +3,7 @@
     python evaluate.py                             SFT and GRPO of runs/town at 1x, 2x, 4x the training length
     python evaluate.py --ablate                    the GRPO policy with operations switched off (the paper's Table 2)
     python evaluate.py --trace 2                   two episodes, turn by turn
+    python evaluate.py --curves runs/*/grpo/metrics.jsonl         the learning curves as curves.png
     python evaluate.py --data hotpot_dev.json --task hotpotqa --documents 200
     python evaluate.py --gold ...                  the demonstrator in the model's place: what the workflow can reach
 
@@ -51,7 +52,7 @@ def measure(label, episodes, config, seconds):
            "f1": 100 * sum(overlap) / sum(counts), "questions": sum(counts), "tasks": len(episodes)}
     per_question = len(episodes) / sum(counts)
     summary = summarize(episodes)
-    return row | summary | {name: summary[name] * per_question for name in ("turns", "tokens")} | {"seconds": seconds}
+    return summary | row | {name: summary[name] * per_question for name in ("turns", "tokens")} | {"seconds": seconds}
 
 
 def table(rows):
@@ -86,6 +87,32 @@ def trace(episode):
     return "\n".join(lines)
 
 
+def draw_curves(files, out):
+    """Reward, held-out EM and operation rates against GRPO steps: the mean over `files` (metrics.jsonl), and their range."""
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError as error:
+        raise BadInput("--curves needs matplotlib: pip install matplotlib") from error
+    runs = [[json.loads(line) for line in Path(file).read_text().splitlines()] for file in files]
+    figure, axes = plt.subplots(1, 3, figsize=(13, 3.8))
+    panels = [("score", ["reward", "held_out_em"]), ("operations per response", ["create", "read", "scratchpad"]),
+              ("operations per response", ["update", "delete"])]
+    for axis, (title, names) in zip(axes, panels):
+        for name in names:
+            points = {}  # step -> the value in each run
+            for line in (line for run in runs for line in run if name in line):
+                points.setdefault(line["step"], []).append(line[name])
+            steps = sorted(points)
+            [line] = axis.plot(steps, [np.mean(points[step]) for step in steps], label=name)
+            axis.fill_between(steps, [min(points[step]) for step in steps], [max(points[step]) for step in steps],
+                              alpha=0.2, color=line.get_color(), linewidth=0)
+        axis.set(title=title, xlabel="GRPO step", ylim=(0, None))
+        axis.legend()
+    figure.tight_layout()
+    figure.savefig(out, dpi=110)
+    print(f"drawn from {len(files)} run(s) as {out}")
+
+
 def latest_run(name):
     """The GRPO run of that name, or its SFT run while there is none."""
     grpo = Config(name=name).folder("grpo")
@@ -113,7 +140,10 @@ def main():
         ("--lengths", dict(type=int, nargs="+", default=None, help="town: story lengths (default: 1 2 4; 1 with --ablate)")),
         ("--ablate", dict(action="store_true", help="switch operations off one by one, at test time")),
         ("--trace", dict(type=int, default=0, metavar="N", help="print N episodes turn by turn")),
+        ("--curves", dict(nargs="+", metavar="METRICS", help="draw curves.png from GRPO runs' metrics.jsonl, and do nothing else")),
         ("--gold", dict(action="store_true", help="the scripted demonstrator in place of the model"))])
+    if extra["curves"]:
+        return draw_curves(extra["curves"], "curves.png")
     accelerator = Accelerator(cpu=config.cpu)
     set_seed(config.seed)
     count, contestants = policies(config, extra["gold"])
@@ -132,7 +162,7 @@ def main():
                 policy = make_policy(tasks)
                 size = f"{length}x" if config.task == "town" else f"{config.documents} documents"
                 started = time.perf_counter()
-                with tqdm(total=len(tasks), desc=f"{label} {size} {variant}", unit="episode", leave=False) as bar:
+                with tqdm(total=len(tasks), desc=f"{label} {size} {variant}", disable=None, unit="episode", leave=False) as bar:
                     episodes = evaluate(policy, tasks, now, embed, lambda turns, done: bar.update(done - bar.n))
                 rows.append(measure(f"{label} {size} {variant}".strip(), episodes, now, time.perf_counter() - started))
                 if extra["trace"]:

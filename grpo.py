@@ -25,8 +25,6 @@ import math
 import time
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import set_seed
 from tqdm import tqdm
 
 from agent import run_episodes, summarize
@@ -87,15 +85,14 @@ def update(wrapped, reference, rows, tokens, old, optimizers, accelerator, confi
     totals = dict.fromkeys(("loss", "entropy", "clipped", "kl", "ratio"), 0.0)
     gap = 0.0
     for batch in micro_batches(rows, config.micro_batch_tokens):
-        with accelerator.autocast():
-            logprobs, entropy = wrapped(batch)  # (n,)
+        logprobs, entropy = wrapped(batch)  # (n,)
         sizes = torch.tensor([len(row[1]) for row in batch], device=logprobs.device)
         advantages = torch.tensor([row[3] for row in batch], device=logprobs.device).repeat_interleave(sizes)  # (n,)
         sampled = torch.tensor([x for row in batch for x in row[2]], device=logprobs.device)
         before = torch.cat([old[id(row)] for row in batch]) if old else logprobs.detach()
         losses = policy_loss(logprobs, before, advantages, config.clip_low, config.clip_high)
         if config.kl:
-            with torch.no_grad(), accelerator.autocast():
+            with torch.no_grad():
                 target, _ = reference(batch)
             kl = kl_k3(logprobs, target)
             losses, totals["kl"] = losses + config.kl * kl, totals["kl"] + kl.sum().item()
@@ -114,10 +111,10 @@ def update(wrapped, reference, rows, tokens, old, optimizers, accelerator, confi
     return metrics | {"loss": totals["loss"] / max(1, tokens), "gap": gap, "grad_norm": norm}
 
 
-def score_rows(policy, rows, accelerator, config):
+def score_rows(policy, rows, config):
     """{id of row: log-probs} under the present policy, without gradient."""
     scored = {}
-    with torch.no_grad(), accelerator.autocast():
+    with torch.no_grad():
         for batch in micro_batches(rows, config.micro_batch_tokens):
             logprobs, _ = policy(batch)
             for row, part in zip(batch, logprobs.split([len(row[1]) for row in batch])):
@@ -138,8 +135,7 @@ def find_start(config):
 def main():
     config, _ = parse_args("GRPO from an SFT policy.", default_run=lambda name: Config(name=name).folder("sft"))
     run = Run(config, "grpo")
-    accelerator = Accelerator(cpu=config.cpu, mixed_precision="bf16" if torch.cuda.is_available() and not config.cpu else "no")
-    set_seed(config.seed)
+    accelerator = run.accelerator
     policy = open_policy(find_start(config), config).to(accelerator.device)
     reference = copy.deepcopy(policy).requires_grad_(False) if config.kl else None
     embed = load_embedder(config.embedder, accelerator.device)
@@ -147,13 +143,13 @@ def main():
     held_out = [dev(index) for index in range(min(100, config.eval_tasks))]
     optimizers = [accelerator.prepare(optimizer) for optimizer in make_optimizers(policy, config.grpo_lr, config.optimizer)]
     wrapped = accelerator.prepare(policy)
-    run.create(accelerator)
+    run.create()
     bad_steps = 0
     try:
-        for step in tqdm(range(1, config.grpo_steps + 1), desc="grpo", unit="step"):
+        for step in tqdm(range(1, config.grpo_steps + 1), desc="grpo", disable=None, unit="step"):
             started = time.perf_counter()
-            tasks = [stream((step - 1) * config.tasks_per_step + number) for number in range(config.tasks_per_step)]
-            tasks = [task for task in tasks for _ in range(config.group_size)]
+            first = config.demonstrations + (step - 1) * config.tasks_per_step  # tasks that SFT has not seen
+            tasks = [stream(index) for index in range(first, first + config.tasks_per_step) for _ in range(config.group_size)]
             episodes = run_episodes(tasks, policy, config, embed, scorer(config))
             rolled_out = time.perf_counter()
             rewards = torch.tensor([episode.reward for episode in episodes]).view(-1, config.group_size)
@@ -161,12 +157,12 @@ def main():
             rows, tokens = training_rows(episodes, advantages.flatten().tolist())
             set_lr(optimizers, config.grpo_lr * min(1.0, step / config.warmup_steps))
             metrics = {"reward": rewards.mean(), "dead_groups": (advantages == 0).all(1).float().mean(), **summarize(episodes)}
-            old = score_rows(policy, rows, accelerator, config) if config.updates_per_rollout > 1 else None
+            old = score_rows(policy, rows, config) if config.updates_per_rollout > 1 else None
             for _ in range(config.updates_per_rollout if rows else 0):
                 metrics |= update(wrapped, reference, rows, tokens, old, optimizers, accelerator, config)
             bad_steps = 0 if math.isfinite(metrics.get("grad_norm", 0.0)) else bad_steps + 1
             if bad_steps == MOST_BAD_STEPS:
-                raise BadInput(f"the loss or gradient was not finite in {bad_steps} steps running; the last good model is "
+                raise SystemExit(f"the loss or gradient was not finite in {bad_steps} steps running; the last good model is "
                                  f"in {run.folder / 'model'}; lower --grpo_lr")
             metrics |= {"bad_steps": bad_steps, "rollout_seconds": rolled_out - started,
                         "seconds": time.perf_counter() - started}

@@ -4,6 +4,8 @@ Letters: B rows, P longest prompt, T longest prompt + response, N response token
 """
 
 import math
+import shutil
+from pathlib import Path
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -26,6 +28,10 @@ class LanguageModel(torch.nn.Module):
         super().__init__()
         if tokenizer.chat_template is None:
             raise BadInput(f"{tokenizer.name_or_path} has no chat template; use an instruction-tuned model")
+        room, need = getattr(model.config, "max_position_embeddings", None), config.max_prompt_tokens + config.max_response_tokens
+        if room and need > room:
+            raise BadInput(f"--max_prompt_tokens {config.max_prompt_tokens} and --max_response_tokens "
+                           f"{config.max_response_tokens} do not fit the model's context of {room} tokens")
         self.model, self.tokenizer, self.config = model, tokenizer, config
         self.temperature = config.temperature
         ends = model.generation_config.eos_token_id
@@ -37,6 +43,10 @@ class LanguageModel(torch.nn.Module):
     @property
     def device(self):
         return self.model.device
+
+    def autocast(self):
+        """bf16 on a GPU, in sampling and scoring alike; the weights stay fp32."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
 
     # --- prompts ---
 
@@ -87,9 +97,10 @@ class LanguageModel(torch.nn.Module):
         cache, ends = DynamicCache(config=self.model.config), self.end_ids.to(device)
         alive = torch.arange(len(prompts), device=device)  # the prompt of each row that is still in the batch
         drawn = [([], [], False) for _ in prompts]
-        for step in range(self.config.max_response_tokens):
-            logits = self.model(input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache,
-                                use_cache=True, logits_to_keep=1).logits[:, -1]  # (B, V)
+        for _ in range(self.config.max_response_tokens):
+            with self.autocast():
+                logits = self.model(input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache,
+                                    use_cache=True, logits_to_keep=1).logits[:, -1]  # (B, V)
             logprobs = self.log_softmax(logits)
             token = logprobs.argmax(-1) if self.temperature == 0 else torch.multinomial(logprobs.exp(), 1)[:, 0]  # (B,)
             chosen = logprobs.gather(1, token[:, None])[:, 0]
@@ -126,7 +137,8 @@ class LanguageModel(torch.nn.Module):
                               for row, (prompt, response, *_) in enumerate(rows) for t in range(len(response))])
         targets = torch.tensor([id for _, response, *_ in rows for id in response], device=self.device)
         # Padding stands on the right, where a causal model's real tokens never see it: no attention mask is needed.
-        hidden = self.model.get_decoder()(input_ids=ids.to(self.device), use_cache=False).last_hidden_state  # (B, T, D)
+        with self.autocast():
+            hidden = self.model.get_decoder()(input_ids=ids.to(self.device), use_cache=False).last_hidden_state  # (B, T, D)
         hidden = hidden.flatten(0, 1)[where.to(self.device)]  # (N, D)
         tokens = max(1, LOGIT_SLICE // self.model.config.vocab_size)
         parts = [checkpoint(self._score, h, t, use_reentrant=False) if len(hidden) > tokens else self._score(h, t)
@@ -134,7 +146,9 @@ class LanguageModel(torch.nn.Module):
         return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
 
     def _score(self, hidden, targets):
-        logprobs = self.log_softmax(self.model.get_output_embeddings()(hidden))  # (n, V)
+        with self.autocast():
+            logits = self.model.get_output_embeddings()(hidden)
+        logprobs = self.log_softmax(logits)  # (n, V)
         with torch.no_grad():
             entropy = -torch.xlogy(logprobs.exp(), logprobs.exp()).sum(-1)
         return logprobs.gather(1, targets[:, None])[:, 0], entropy
@@ -142,9 +156,12 @@ class LanguageModel(torch.nn.Module):
     # --- files ---
 
     def save(self, folder):
-        """Write a folder that AutoModelForCausalLM and AutoTokenizer open."""
-        self.model.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
+        """Write a folder that AutoModelForCausalLM and AutoTokenizer open; it takes the place of an old one when complete."""
+        part = Path(f"{folder}.part")
+        self.model.save_pretrained(part)
+        self.tokenizer.save_pretrained(part)
+        shutil.rmtree(folder, ignore_errors=True)
+        part.rename(folder)
 
 
 def open_policy(name, config):

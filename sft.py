@@ -16,9 +16,6 @@ import random
 import re
 import time
 
-import torch
-from accelerate import Accelerator
-from accelerate.utils import set_seed
 from tqdm import tqdm
 
 import tasks as town
@@ -58,21 +55,29 @@ def sentence(kind, name, value):
     return (town.RETRACTION if value is None else town.SENTENCES[kind]).format(name=name, value=value)
 
 
-class TownDemonstrator:
-    """Plays one workflow, from the observation alone. With probability `noise` it overlooks a sentence."""
+class Demonstrator:
+    """A scripted policy. `read` and `answer` write the response to one observation."""
 
-    def __init__(self, workflow, config, noise=0.02):
-        self.workflow, self.config, self.noise = workflow, config, noise
-        self.rng = random.Random(f"{workflow} {config.seed}")
+    def __init__(self, config):
+        self.config = config
 
     def respond(self, observations):
         return [Response(self.read(o) if o.question is None else self.answer(o)) for o in observations]
 
     def write(self, kind, text):
-        tag = TAGS[self.config.dialect][kind]
+        """The operation as text, in the words of the configured dialect."""
         if self.config.dialect == "released":
             text = {"answer": f"\\boxed{{{text}}}", "update": f"Memory {text}", "delete": f"Memory {text}"}.get(kind, text)
+        tag = TAGS[self.config.dialect][kind]
         return f"<{tag}>{text}</{tag}>"
+
+
+class TownDemonstrator(Demonstrator):
+    """Plays one workflow, from the observation alone. With probability `noise` it overlooks a sentence."""
+
+    def __init__(self, workflow, config, noise=0.02):
+        super().__init__(config)
+        self.workflow, self.noise, self.rng = workflow, noise, random.Random(f"{workflow} {config.seed}")
 
     def read(self, o):
         asked = " ".join(o.questions)
@@ -154,7 +159,7 @@ def query_for(kind, name):
 # --- the demonstrator for QA files ---------------------------------------------------------------------------------
 
 
-class GoldDemonstrator:
+class GoldDemonstrator(Demonstrator):
     """Plays QA tasks with the help of the file's gold facts, so that no paid teacher is needed.
 
     Reading: it Creates an entry for each supporting sentence in the chunk. Answering: it Reads by the question's words, then
@@ -162,10 +167,8 @@ class GoldDemonstrator:
     """
 
     def __init__(self, tasks, config, count):
-        self.questions = {question.text: question for task in tasks for question in task.questions}
-        self.config, self.count = config, count
-
-    respond, write = TownDemonstrator.respond, TownDemonstrator.write
+        super().__init__(config)
+        self.questions, self.count = {question.text: question for task in tasks for question in task.questions}, count
 
     def read(self, o):
         response = ""
@@ -207,7 +210,7 @@ def demonstrate(tasks, config, embed, count):
         drawn = rng.choices(list(shares), list(shares.values()), k=len(tasks))
         groups = [(TownDemonstrator(name, config), [task for task, one in zip(tasks, drawn) if one == name]) for name in shares]
     episodes = []
-    with tqdm(total=len(tasks), desc="demonstrations", unit="episode") as bar:
+    with tqdm(total=len(tasks), desc="demonstrations", disable=None, unit="episode") as bar:
         for demonstrator, tasks in groups:
             for start in range(0, len(tasks), 500):
                 episodes += run_episodes(tasks[start : start + 500], demonstrator, config, embed, scorer(config))
@@ -260,8 +263,7 @@ def rows_of(episodes, policy):
 def main():
     config, _ = parse_args("Supervised fine-tuning on demonstrations.")
     run = Run(config, "sft")
-    accelerator = Accelerator(cpu=config.cpu, mixed_precision="bf16" if torch.cuda.is_available() and not config.cpu else "no")
-    set_seed(config.seed)
+    accelerator = run.accelerator
     policy = open_policy(config.model, config).to(accelerator.device)
     embed = load_embedder(config.embedder, accelerator.device)
     stream, taught = load_tasks(config, "train", policy.count), []
@@ -276,8 +278,8 @@ def main():
 
     optimizers = [accelerator.prepare(optimizer) for optimizer in make_optimizers(policy, config.sft_lr, config.optimizer)]
     wrapped = accelerator.prepare(policy)
-    run.create(accelerator)
-    bar = tqdm(total=config.sft_steps, desc="sft", unit="step")
+    run.create()
+    bar = tqdm(total=config.sft_steps, desc="sft", disable=None, unit="step")
     try:
         for step, batch in enumerate(batches(taught, config), start=1):
             started = time.perf_counter()
@@ -285,8 +287,7 @@ def main():
             set_lr(optimizers, lr)
             tokens, loss_sum, right = sum(len(response) for _, response in batch), 0.0, 0
             for rows_now in micro_batches(batch, config.micro_batch_tokens):
-                with accelerator.autocast():
-                    logprobs, _ = wrapped(rows_now)  # (N,)
+                logprobs, _ = wrapped(rows_now)  # (N,)
                 accelerator.backward(-logprobs.sum() / tokens)
                 loss_sum -= logprobs.sum().item()
                 right += (logprobs > -0.6931).sum().item()  # above one half: certainly the most probable token

@@ -110,7 +110,7 @@ def test_micro_batches_and_order_do_not_matter(tiny, settings):
     with torch.no_grad():
         for p in tiny.parameters():
             p.add_(0.01 * torch.randn_like(p))  # away from old and reference policy
-    old = grpo.score_rows(reference, rows, Accelerator(cpu=True), config) if config.updates_per_rollout > 1 else None
+    old = grpo.score_rows(reference, rows, config) if config.updates_per_rollout > 1 else None
     whole, metrics = gradient(tiny, rows, tokens, config, old, reference)
     small = Config(**CONFIG, **settings, micro_batch_tokens=1)  # one row at a time
     single, other = gradient(tiny, list(reversed(rows)), tokens, small, old, reference)
