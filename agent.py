@@ -135,15 +135,16 @@ def instruction(config):
 def render(observation):
     """The observation as text: the same block for every model.
 
-    What is new, the text or the question, comes before the memory, and the standing query last: a small model compares
-    what it has just read with what it holds most easily when the latter is near its own response.
+    Two things help a small model. The standing query, with which it compares the names that it has just read, stands last,
+    next to its response. And an entry's number is written in another way than Update writes it: after "1: Anna lives in"
+    a copying head would go on with the old value.
     """
     if observation.question is None:
         lines = ["Questions: " + " ".join(observation.questions), f"Text: {observation.chunk}"]
     else:
         lines = [f"Question: {observation.question}"]
     lines.append(f"Scratchpad: {observation.scratchpad}")
-    lines += [f"{number}: {entry.text}" for number, entry in enumerate(observation.entries, start=1)]
+    lines += [f"#{number} {entry.text}" for number, entry in enumerate(observation.entries, start=1)]
     return "\n".join([*lines, f"Query: {observation.query}"])
 
 

@@ -294,7 +294,7 @@ def main():
             norm = clip_and_step(accelerator, wrapped, optimizers, config.max_grad_norm)
             if step % 10 == 0 or step == config.sft_steps:
                 run.log(step, {"loss": loss_sum / tokens, "sure": right / tokens, "grad_norm": norm, "lr": lr,
-                               "tokens_per_second": tokens / (time.perf_counter() - started)})
+                               "tokens_per_second": sum(len(prompt) + len(response) for prompt, response in batch) / (time.perf_counter() - started)})
             bar.update()
     except KeyboardInterrupt:
         print(f"stopped by hand after step {step - 1}; the policy so far is saved")

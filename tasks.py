@@ -129,7 +129,7 @@ def town_texts():
     words = [SENTENCES[kind].format(name=name, value=value) for kind in SENTENCES for name in NAMES
              for value in VALUES.get(kind, [""])]
     return words + [RETRACTION + "."] + list(QUESTIONS.values()) + [str(number) for number in range(100)] + [
-        "none", "market", "Questions: Question: Scratchpad: Query: Text:"]
+        "none", "market", "Questions: Question: Scratchpad: Query: Text: #"]
 
 
 # --- long-context QA from HotpotQA, 2WikiMultihopQA and MuSiQue ----------------------------------------------------

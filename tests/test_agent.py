@@ -199,6 +199,6 @@ def test_observation_block(config, embed):
     script = ["<create_memory>Anna has a cat</create_memory><scratchpad>2</scratchpad><read_memory>Anna</read_memory>"]
     _, seen = play(config, embed, ["one", "two"], script)
     block = render(seen[1])
-    for line in ("Questions: Who?", "Scratchpad: 2", "Query: Anna", "1: Anna has a cat", "Text: two"):
+    for line in ("Questions: Who?", "Scratchpad: 2", "Query: Anna", "#1 Anna has a cat", "Text: two"):
         assert line in block.split("\n")
     assert "Question: Who?" in render(seen[2]) and "Text:" not in render(seen[2])

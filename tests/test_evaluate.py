@@ -1,0 +1,34 @@
+import pytest
+from conftest import Scripted, make_task
+
+import evaluate
+from agent import run_episodes
+from tasks import exact_match
+
+
+def test_bootstrap_interval():
+    """Bug: questions of one task are resampled as if they were independent, which makes the interval too narrow."""
+    low, high = evaluate.bootstrap([0, 4] * 50, [4, 4] * 50)
+    assert low == pytest.approx(0.40, abs=0.02) and high == pytest.approx(0.60, abs=0.02)
+    assert list(evaluate.bootstrap([3, 3], [3, 3])) == [1, 1]
+
+
+def test_a_row_counts_every_question(config, embed):
+    """Bug: only the first question or task of a batch is scored, or unanswered questions leave the denominator."""
+    tasks = [make_task(["a"], (f"Q{n}a?", f"Q{n}b?"), ("Ben", "the Red Cat")) for n in range(3)]
+    script = {"Q0a?": ["", "<answer>ben</answer>", "<answer>cat</answer>"], "Q1a?": [], "Q2a?": ["", "", "<answer>red cat</answer>"]}
+    row = evaluate.measure("x", run_episodes(tasks, Scripted(script), config, embed, exact_match), config, 1.0)
+    assert row["questions"] == 6 and row["tasks"] == 3
+    assert row["em"] == pytest.approx(100 * 2 / 6) and row["f1"] == pytest.approx(100 * (2 + 2 / 3) / 6)
+    assert row["turns"] == pytest.approx(9 / 6) and row["answer"] == pytest.approx(3 / 9)
+    assert "x" in evaluate.table([row])
+
+
+def test_the_trace_replays_the_memory(config, embed):
+    """Bug: the memory shown after a turn is not what the store held."""
+    script = ["<create_memory>Anna has a cat</create_memory><create_memory>Ben</create_memory><read_memory>cat</read_memory>",
+              "<update_memory>1: Anna has a dog</update_memory><delete_memory>7</delete_memory>", "<answer>Ben</answer>"]
+    [episode] = run_episodes([make_task(["one", "two"])], Scripted({"Who?": script}), config, embed, exact_match)
+    text = evaluate.trace(episode)
+    assert "memory: #0 Anna has a dog | #1 Ben" in text and "not executed, delete" in text
+    assert "answer: Ben  gold: Ben  score: 1" in text
