@@ -41,7 +41,7 @@ class Config:
     questions: int = setting(2, "questions per task; 0: 1 to 10 at random, p(1) = 0.5 (paper: 1 to 10)")
     length: int = setting(1, "town: story length, in multiples of the training length")
     documents: int = setting(200, "QA: documents per task (paper: 200 in training; 200, 400, 800 in tests)")
-    chunk_tokens: int = setting(512, "QA: most tokens of text shown at once (paper: 4096)")
+    chunk_tokens: int = setting(384, "QA: most tokens of text shown at once (paper: 4096)")
     # --- the memory ----------------------------------------------------------------------------
     top_k: int = setting(4, "entries shown for the standing query (paper: 6)")
     capacity: int = setting(0, "most entries a store can hold; 0: no limit (paper: none; 20 in Appendix C)")
@@ -78,7 +78,8 @@ class Config:
     tasks_per_step: int = setting(8, "different tasks in one step (paper: 16)")
     group_size: int = setting(8, "episodes of each task (paper: 16)")
     updates_per_rollout: int = setting(1, "optimiser steps on each step's rollouts (paper: 1, strictly on-policy)")
-    grpo_lr: float = setting(1e-3, "learning rate, constant after the warm-up (paper: 1e-6)")
+    grpo_lr: float = setting(1e-3, "peak learning rate (paper: 1e-6)")
+    grpo_decay: float = setting(0.8, "share of the steps, the last, over which it falls to 0 (paper: 0, constant)")
     warmup_steps: int = setting(5, "steps of linear warm-up (paper's code: 20)")
     clip_low: float = setting(0.2, "the ratio is clipped below 1 - this (paper: 0.2)")
     clip_high: float = setting(0.28, "and above 1 + this (paper: 0.28)")
@@ -126,6 +127,7 @@ class Config:
         need(self.eval_temperature >= 0, "--eval_temperature cannot be negative (0: greedy)")
         need(0 <= self.clip_low < 1 and self.clip_high >= 0, "--clip_low must be in [0, 1) and --clip_high at least 0")
         need(self.kl >= 0, "--kl cannot be negative")
+        need(0 <= self.grpo_decay <= 1, "--grpo_decay is a share of the steps, between 0 and 1")
         need(0 <= self.easy_share < 1, "--easy_share is a share of the steps, at least 0 and below 1")
         need(0 <= self.keep_score <= 1, "--keep_score is a task score, between 0 and 1")
 
@@ -138,19 +140,21 @@ class Config:
         return Path("runs") / self.name / stage
 
     def save(self, folder):
-        (Path(folder) / "config.json").write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
+        """Write config.json; not `overwrite`, which was meant for one run and must not carry over to the next stage."""
+        values = {name: value for name, value in dataclasses.asdict(self).items() if name != "overwrite"}
+        (Path(folder) / "config.json").write_text(json.dumps(values, indent=1) + "\n")
 
 
 # What differs from the defaults above. 'town' is those defaults; 'qa' is a tiny model on a QA file; 'paper' is section 4
 # of the paper with the details it leaves open taken from its released code.
 PRESETS = {
     "town": {},
-    "qa": dict(questions=0, documents=50, top_k=6, max_prompt_tokens=1536, max_response_tokens=160, hidden_size=256, layers=4,
-               demonstrations=400, sft_steps=300, sft_batch=32, sft_lr=3e-3, grpo_steps=20, tasks_per_step=4, group_size=4,
-               grpo_lr=3e-4, sample_rows=32, eval_tasks=50),
+    "qa": dict(questions=0, documents=50, chunk_tokens=384, top_k=6, max_prompt_tokens=1536, max_response_tokens=192,
+               demonstrations=200, sft_steps=300, sft_batch=16, sft_lr=3e-3, grpo_steps=20, tasks_per_step=2, group_size=4,
+               grpo_lr=3e-4, sample_rows=64, eval_tasks=50),
     "paper": dict(task="hotpotqa", model="Qwen/Qwen3-8B", embedder="Qwen/Qwen3-Embedding-0.6B", questions=0, documents=200,
                   chunk_tokens=4096, top_k=6, max_prompt_tokens=16384, max_response_tokens=4096, optimizer="adamw",
-                  sft_lr=1e-5, tasks_per_step=16, group_size=16, grpo_lr=1e-6, warmup_steps=20, eval_temperature=0.7,
+                  sft_lr=1e-5, tasks_per_step=16, group_size=16, grpo_lr=1e-6, grpo_decay=0.0, warmup_steps=20, eval_temperature=0.7,
                   sample_rows=64),
 }
 

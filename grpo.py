@@ -30,7 +30,7 @@ from tqdm import tqdm
 from agent import run_episodes, summarize
 from config import BadInput, Config, Run, parse_args
 from memory import load_embedder
-from policy import clip_and_step, evaluate, make_optimizers, micro_batches, open_policy, set_lr
+from policy import clip_and_step, evaluate, make_optimizers, micro_batches, open_policy, schedule, set_lr
 from tasks import load_tasks, scorer
 
 MOST_BAD_STEPS = 3  # non-finite steps in a row before the run stops
@@ -155,8 +155,9 @@ def main():
             rewards = torch.tensor([episode.reward for episode in episodes]).view(-1, config.group_size)
             advantages = group_advantages(rewards)
             rows, tokens = training_rows(episodes, advantages.flatten().tolist())
-            set_lr(optimizers, config.grpo_lr * min(1.0, step / config.warmup_steps))
-            metrics = {"reward": rewards.mean(), "dead_groups": (advantages == 0).all(1).float().mean(), **summarize(episodes)}
+            lr = config.grpo_lr * schedule(step, config.grpo_steps, config.warmup_steps, config.grpo_decay)
+            set_lr(optimizers, lr)
+            metrics = {"reward": rewards.mean(), "lr": lr, "dead_groups": (advantages == 0).all(1).float().mean(), **summarize(episodes)}
             old = score_rows(policy, rows, config) if config.updates_per_rollout > 1 else None
             for _ in range(config.updates_per_rollout if rows else 0):
                 metrics |= update(wrapped, reference, rows, tokens, old, optimizers, accelerator, config)

@@ -50,10 +50,9 @@ class Memory:
             return None
         row = len(self)
         if row == len(self._ids):  # out of rows: doubling makes the copies O(1) per entry, amortised
-            rows = max(8, 2 * row)
-            ids, vectors = self._ids, self._vectors
-            self._ids, self._vectors = np.zeros(rows, np.int64), np.zeros((rows, len(vector)), np.float32)
-            self._ids[:row], self._vectors[:row] = ids, vectors[:, : len(vector)] if row else 0
+            spare = max(8, row)
+            self._ids = np.concatenate([self._ids, np.zeros(spare, np.int64)])
+            self._vectors = np.concatenate([self._vectors.reshape(row, len(vector)), np.zeros((spare, len(vector)), np.float32)])
         self._ids[row], self._vectors[row] = self.next_id, vector
         self.texts[self.next_id], self._row[self.next_id] = text, row
         self.next_id += 1

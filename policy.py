@@ -238,6 +238,16 @@ def set_lr(optimizers, lr):
             group["lr"] = lr
 
 
+def schedule(step, steps, warmup, decay):
+    """Factor on the learning rate at `step`, 1 to `steps`: linear warm-up, constant, linear to 0 over the last share `decay`.
+
+    >>> [schedule(step, 10, warmup=2, decay=0.5) for step in (1, 2, 5, 6, 8, 10)]
+    [0.5, 1.0, 1.0, 1.0, 0.6, 0.2]
+    """
+    falling = (steps + 1 - step) / (decay * steps) if decay else 1.0
+    return min(1.0, step / max(1, warmup), falling)
+
+
 def clip_and_step(accelerator, wrapped, optimizers, max_norm):
     """Clip the gradient, step and zero it. Returns its norm before clipping; a step with a non-finite one is left out."""
     norm = accelerator.clip_grad_norm_(wrapped.parameters(), max_norm).item()

@@ -22,7 +22,7 @@ import tasks as town
 from agent import TAGS, Response, run_episodes
 from config import BadInput, Run, parse_args
 from memory import load_embedder
-from policy import clip_and_step, evaluate, make_optimizers, micro_batches, open_policy, set_lr
+from policy import clip_and_step, evaluate, make_optimizers, micro_batches, open_policy, schedule, set_lr
 from tasks import load_tasks, scorer
 
 # --- the town's demonstrator ---------------------------------------------------------------------------------------
@@ -31,11 +31,11 @@ NAME = "(?P<name>" + "|".join(town.NAMES) + ")"
 PATTERNS = [(kind, re.compile(template.format(name=NAME, value=r"(?P<value>\w+)"))) for kind, template in town.SENTENCES.items()]
 PATTERNS.append(("pet", re.compile(town.RETRACTION.format(name=NAME))))
 
-# Which share of the demonstrations each workflow has; those that cannot work with what is switched off drop out.
+# Which share of the demonstrations each workflow has, as long as the operations that it needs are switched on.
 WORKFLOWS = {
     "full": 0.4,  # Reads the asked person's name first; Updates and Deletes the entries that this brings into view
-    "append": 0.35,  # never Reads while reading: old and new facts stand side by side
-    "lazy": 0.25,  # like append, and stores nothing about people whom no question names
+    "append": 0.2,  # never Reads while reading: old and new facts stand side by side
+    "lazy": 0.4,  # like append, and stores nothing about people whom no question names
     "notes": 0.0,  # everything in the scratchpad, rewritten at each chunk (MemAgent's workflow)
 }
 
@@ -193,12 +193,12 @@ class GoldDemonstrator(Demonstrator):
 
 
 def workflow_shares(config):
-    """{workflow: share} of the demonstrations, as far as the operations that are switched on allow."""
+    """{workflow: share} of the demonstrations. Where the full one is impossible, the best of the others plays them all."""
     if not config.enabled("create"):
         return {"notes": 1.0}
-    able = config.enabled("read") and (config.enabled("update") or config.enabled("delete"))
-    shares = {name: share for name, share in WORKFLOWS.items() if share and (able or name != "full")}
-    return {name: share / sum(shares.values()) for name, share in shares.items()}
+    if not config.enabled("read") or not (config.enabled("update") or config.enabled("delete")):
+        return {"append": 1.0}
+    return WORKFLOWS
 
 
 def demonstrate(tasks, config, embed, count):
@@ -283,7 +283,7 @@ def main():
     try:
         for step, batch in enumerate(batches(taught, config), start=1):
             started = time.perf_counter()
-            lr = config.sft_lr * schedule(step, config.sft_steps)
+            lr = config.sft_lr * schedule(step, config.sft_steps, warmup=config.sft_steps // 10, decay=0.5)
             set_lr(optimizers, lr)
             tokens, loss_sum, right = sum(len(response) for _, response in batch), 0.0, 0
             for rows_now in micro_batches(batch, config.micro_batch_tokens):
@@ -302,11 +302,6 @@ def main():
     tasks = [load_tasks(config, "dev", policy.count)(index) for index in range(min(100, config.eval_tasks))]
     held_out = evaluate(policy, tasks, config, embed)
     print(f"greedy EM on {len(tasks)} held-out tasks: {sum(e.reward for e in held_out) / len(tasks):.3f}; saved in {run.folder}")
-
-
-def schedule(step, steps):
-    """Linear warm-up over the first tenth, constant, then linear to 0 over the second half."""
-    return min(1.0, step / (0.1 * steps), (steps + 1 - step) / (0.5 * steps))
 
 
 if __name__ == "__main__":
