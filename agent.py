@@ -129,7 +129,7 @@ def instruction(config):
             "your memory and your scratchpad are left then. First you are shown the questions and one piece of the text "
             "each turn; keep what the answers will need. Later you are shown one question at a time, without the text.\n"
             "In each turn, write any of these, in the order in which they shall happen:\n" + "\n".join(lines) + "\n"
-            "Write nothing but that. When a piece holds nothing of use, write a single full stop.")
+            "Write nothing but that; where a piece of text holds nothing of use, write nothing at all.")
 
 
 def render(observation):
@@ -313,6 +313,10 @@ def execute(operation, episode, observation, vectors):
                 else memory.update(operation.id, operation.text, vectors[operation.text, False]))
         if not done:
             operation.error = "that entry has been deleted in this turn"
+
+
+def mean_reward(episodes):
+    return sum(episode.reward for episode in episodes) / len(episodes)
 
 
 def summarize(episodes):

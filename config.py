@@ -38,7 +38,7 @@ class Config:
     # --- the task ------------------------------------------------------------------------------
     task: str = setting("town", "what is read and asked: town, hotpotqa, 2wikimultihopqa or musique")
     data: str = setting("", "data file in the set's original format (all tasks but the town need one)")
-    questions: int = setting(2, "questions per task; 0: 1 to 10 at random, p(1) = 0.5 (paper: 1 to 10)")
+    questions: int = setting(2, "questions per task; 0: 1 to 10 at random, p(1) = 0.5 (paper: 1 to 10); town: at most 4")
     length: int = setting(1, "town: story length, in multiples of the training length")
     documents: int = setting(200, "QA: documents per task (paper: 200 in training; 200, 400, 800 in tests)")
     chunk_tokens: int = setting(384, "QA: most tokens of text shown at once (paper: 4096)")
@@ -114,8 +114,8 @@ class Config:
             need(operation in OPERATIONS, f"--disable {operation!r} is not one of: {', '.join(OPERATIONS)}")
         need(self.task == "town" or self.data, f"--task {self.task} needs --data FILE in that set's original format")
         need(self.task != "town" or not self.data, "--data is for the QA sets; the town writes its own stories")
-        need(0 <= self.questions <= (10 if self.task != "town" else len(OPERATIONS)),
-             f"--questions {self.questions} is out of range: 0 (random) or 1 to 10 (town: 1 to 5)")
+        need(0 <= self.questions <= (10 if self.task != "town" else 4),
+             f"--questions {self.questions} is out of range: 0 (random) or 1 to 10 (town: 1 to 4)")
         for name in ("length", "documents", "chunk_tokens", "top_k", "max_prompt_tokens", "max_response_tokens",
                      "hidden_size", "layers", "heads", "sample_rows", "micro_batch_tokens", "demonstrations",
                      "sft_steps", "sft_batch", "grpo_steps", "tasks_per_step", "updates_per_rollout", "save_every",

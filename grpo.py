@@ -27,7 +27,7 @@ import time
 import torch
 from tqdm import tqdm
 
-from agent import run_episodes, summarize
+from agent import mean_reward, run_episodes, summarize
 from config import BadInput, Config, Run, parse_args
 from memory import load_embedder
 from policy import clip_and_step, evaluate, make_optimizers, micro_batches, open_policy, schedule, set_lr
@@ -175,10 +175,6 @@ def main():
     except KeyboardInterrupt:
         print(f"stopped by hand; the checkpoint in {run.folder / 'model'} is of the last multiple of --save_every")
     print(f"saved in {run.folder}; next: python evaluate.py --name {config.name}")
-
-
-def mean_reward(episodes):
-    return sum(episode.reward for episode in episodes) / len(episodes)
 
 
 if __name__ == "__main__":

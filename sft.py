@@ -12,6 +12,7 @@
        L = - sum_rows sum_t log pi(response_t | prompt, response_<t) / (response tokens of the batch)
 """
 
+import math
 import random
 import re
 import time
@@ -19,7 +20,7 @@ import time
 from tqdm import tqdm
 
 import tasks as town
-from agent import TAGS, Response, run_episodes
+from agent import TAGS, Response, mean_reward, run_episodes
 from config import BadInput, Run, parse_args
 from memory import load_embedder
 from policy import clip_and_step, evaluate, make_optimizers, micro_batches, open_policy, schedule, set_lr
@@ -273,35 +274,34 @@ def main():
         if not kept:
             raise BadInput(f"no demonstration reached --keep_score {config.keep_score}: nothing to learn from")
         taught.append((share, rows_of(kept, policy)))
-        print(f"{len(episodes)} demonstrations, mean score {sum(e.reward for e in episodes) / len(episodes):.3f}; "
+        print(f"{len(episodes)} demonstrations, mean score {mean_reward(episodes):.3f}; "
               f"{len(kept)} kept, which make {len(taught[-1][1])} rows")
 
     optimizers = [accelerator.prepare(optimizer) for optimizer in make_optimizers(policy, config.sft_lr, config.optimizer)]
     wrapped = accelerator.prepare(policy)
     run.create()
-    bar = tqdm(total=config.sft_steps, desc="sft", disable=None, unit="step")
     try:
-        for step, batch in enumerate(batches(taught, config), start=1):
+        for step, batch in enumerate(tqdm(batches(taught, config), "sft", config.sft_steps, disable=None, unit="step"), start=1):
             started = time.perf_counter()
             lr = config.sft_lr * schedule(step, config.sft_steps, warmup=config.sft_steps // 10, decay=0.5)
             set_lr(optimizers, lr)
-            tokens, loss_sum, right = sum(len(response) for _, response in batch), 0.0, 0
+            tokens, loss_sum, sure = sum(len(response) for _, response in batch), 0.0, 0
             for rows_now in micro_batches(batch, config.micro_batch_tokens):
                 logprobs, _ = wrapped(rows_now)  # (N,)
                 accelerator.backward(-logprobs.sum() / tokens)
                 loss_sum -= logprobs.sum().item()
-                right += (logprobs > -0.6931).sum().item()  # above one half: certainly the most probable token
+                sure += (logprobs > math.log(0.5)).sum().item()
             norm = clip_and_step(accelerator, wrapped, optimizers, config.max_grad_norm)
             if step % 10 == 0 or step == config.sft_steps:
-                run.log(step, {"loss": loss_sum / tokens, "sure": right / tokens, "grad_norm": norm, "lr": lr,
-                               "tokens_per_second": sum(len(prompt) + len(response) for prompt, response in batch) / (time.perf_counter() - started)})
-            bar.update()
+                speed = sum(len(prompt) + len(response) for prompt, response in batch) / (time.perf_counter() - started)
+                run.log(step, {"loss": loss_sum / tokens, "sure": sure / tokens, "grad_norm": norm, "lr": lr,
+                               "tokens_per_second": speed})
     except KeyboardInterrupt:
-        print(f"stopped by hand after step {step - 1}; the policy so far is saved")
+        print("stopped by hand; the policy so far is saved")
     policy.save(run.folder / "model")
     tasks = [load_tasks(config, "dev", policy.count)(index) for index in range(min(100, config.eval_tasks))]
-    held_out = evaluate(policy, tasks, config, embed)
-    print(f"greedy EM on {len(tasks)} held-out tasks: {sum(e.reward for e in held_out) / len(tasks):.3f}; saved in {run.folder}")
+    held_out = mean_reward(evaluate(policy, tasks, config, embed))
+    print(f"score on {len(tasks)} held-out tasks: {held_out:.3f}; saved in {run.folder}; next: python grpo.py --name {config.name}")
 
 
 if __name__ == "__main__":
