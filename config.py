@@ -121,6 +121,10 @@ class Config:
                      "sft_steps", "sft_batch", "grpo_steps", "tasks_per_step", "updates_per_rollout", "save_every",
                      "eval_tasks"):
             need(getattr(self, name) >= 1, f"--{name} must be at least 1, not {getattr(self, name)}")
+        longest = self.chunk_tokens + 2 * self.max_response_tokens + 512  # a full scratchpad and query, and ten questions
+        need(self.task == "town" or longest <= self.max_prompt_tokens,
+             f"--max_prompt_tokens {self.max_prompt_tokens} cannot hold --chunk_tokens {self.chunk_tokens}, a scratchpad and a query "
+             f"of --max_response_tokens {self.max_response_tokens} each, and the questions: it takes {longest}")
         need(self.group_size >= 2, "--group_size must be at least 2: an episode is compared with its group's mean")
         need(self.capacity >= 0 and self.max_reads >= 0, "--capacity and --max_reads cannot be negative")
         need(self.temperature > 0, "--temperature must be above 0: training samples (evaluation: --eval_temperature 0)")

@@ -34,9 +34,9 @@ class LanguageModel(torch.nn.Module):
                            f"{config.max_response_tokens} do not fit the model's context of {room} tokens")
         self.model, self.tokenizer, self.config = model, tokenizer, config
         self.temperature = config.temperature
-        ends = model.generation_config.eos_token_id
-        ends = ends if isinstance(ends, list) else [tokenizer.eos_token_id if ends is None else ends]
-        self.end_ids = torch.tensor(ends)
+        ends = model.generation_config.eos_token_id or []
+        ends = ends if isinstance(ends, list) else [ends]
+        self.end_ids = torch.tensor(sorted({tokenizer.eos_token_id, *ends}))  # a chat model often has two
         # A checkpoint's vocabulary may be padded to a round size: ids beyond the tokenizer's are never sampled.
         self.known_ids = min(len(tokenizer), model.config.vocab_size)
 

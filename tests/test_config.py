@@ -21,6 +21,7 @@ def parsed(monkeypatch, *arguments, default_run=None):
     (dict(questions=11), "--questions"),
     (dict(top_k=0), "--top_k"),
     (dict(kl=-1.0), "--kl"),
+    (dict(task="musique", data="x", max_prompt_tokens=900), "--max_prompt_tokens"),
 ])
 def test_contradictions_fail_at_once(settings, complaint):
     """Bug: an impossible setting is found out an hour into the run."""

@@ -32,7 +32,8 @@ def test_the_trainer_scores_the_distribution_that_was_sampled(tiny, temperature,
     """Bug: temperature, padded vocabulary or padding differ between sampling and scoring (rules 1, 4 and 11)."""
     config = Config(temperature=temperature, sample_rows=5)
     policy = qwen3(tiny.tokenizer, config, len(tiny.tokenizer) + padding)
-    responses = policy.respond(observations(60))
+    policy.end_ids = torch.arange(20)  # so that some responses end early
+    responses = policy.respond(observations(12))
     rows = [(r.prompt_ids, r.ids) for r in responses]
     assert len({len(prompt) for prompt, _ in rows}) > 1 and len({len(ids) for _, ids in rows}) > 1
     logprobs, entropy = policy(rows)

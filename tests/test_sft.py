@@ -83,7 +83,7 @@ def test_lessons_come_in_order_and_whole():
                                         ("musique", "musique.jsonl")])
 def test_gold_demonstrations(task, file, tiny, embed):
     """Bug: the gold facts are stored too long to be written, never found again, or answered without being in view."""
-    config = Config(task=task, data=str(DATA / file), documents=30, questions=1, top_k=6, max_response_tokens=160)
+    config = Config(task=task, data=str(DATA / file), documents=30, questions=1, top_k=6, max_prompt_tokens=2000, max_response_tokens=160)
     count = lambda text: len(text.split()) + 2
     tasks = [load_tasks(config, "test", count)(index) for index in range(40)]
     episodes = run_episodes(tasks, sft.GoldDemonstrator(tasks, config, count), config, embed, exact_match)

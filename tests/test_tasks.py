@@ -18,7 +18,7 @@ def count(text):
 
 
 def qa_config(task, **settings):
-    return Config(**{"task": task, "data": str(DATA / FILES[task]), "documents": 30, "questions": 2, **settings})
+    return Config(**{"task": task, "data": str(DATA / FILES[task]), "documents": 30, "questions": 2, "max_prompt_tokens": 2000, **settings})
 
 
 # --- the town ---
