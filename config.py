@@ -149,13 +149,16 @@ class Config:
         (Path(folder) / "config.json").write_text(json.dumps(values, indent=1) + "\n")
 
 
-# What differs from the defaults above. 'town' is those defaults; 'qa' is a tiny model on a QA file; 'paper' is section 4
-# of the paper with the details it leaves open taken from its released code.
+# What differs from the defaults above. 'town' is those defaults; 'qa' is a tiny model on a QA file; 'pretrained' is any
+# pretrained model; 'paper' holds the paper's settings, with the details it leaves open taken from its released code.
 PRESETS = {
     "town": {},
     "qa": dict(questions=0, documents=50, chunk_tokens=384, top_k=6, max_prompt_tokens=1536, max_response_tokens=192,
                demonstrations=200, sft_steps=300, sft_batch=16, sft_lr=3e-3, grpo_steps=20, tasks_per_step=2, group_size=4,
                grpo_lr=3e-4, sample_rows=64, eval_tasks=50),
+    "pretrained": dict(questions=0, documents=50, chunk_tokens=2048, top_k=6, max_prompt_tokens=8192, max_response_tokens=1024,
+                       optimizer="adamw", demonstrations=400, sft_steps=100, sft_batch=16, sft_lr=1e-5, grpo_steps=100,
+                       grpo_lr=1e-6, grpo_decay=0.0, warmup_steps=20, sample_rows=64, eval_tasks=50, eval_temperature=0.7),
     "paper": dict(task="hotpotqa", model="Qwen/Qwen3-8B", embedder="Qwen/Qwen3-Embedding-0.6B", questions=0, documents=200,
                   chunk_tokens=4096, top_k=6, max_prompt_tokens=16384, max_response_tokens=4096, optimizer="adamw",
                   sft_lr=1e-5, tasks_per_step=16, group_size=16, grpo_lr=1e-6, grpo_decay=0.0, warmup_steps=20, eval_temperature=0.7,
@@ -164,14 +167,14 @@ PRESETS = {
 
 
 def parse_args(description, default_run=None, extra=()):
-    """(config, extra values) from the command line. Ends with exit status 2 and one sentence on a bad flag or value.
+    """(config, {extra flag: value, "start": --from}) from the command line. Ends with exit status 2 and one sentence on a bad flag or value.
 
     default_run(name) is the run folder to start from, if it is there, when --from is not given. `extra` lists flags,
     (name, keywords of add_argument), that are the script's own and no part of the configuration.
     """
     parser = HfArgumentParser(Config, description=description, allow_abbrev=False, usage="%(prog)s [--flag value ...]")
-    parser.add_argument("--preset", choices=sorted(PRESETS), help="start from these settings; a QA set without it takes 'qa'")
-    parser.add_argument("--from", dest="start", metavar="RUN", help="start from the settings saved in this run folder")
+    parser.add_argument("--preset", choices=sorted(PRESETS), help="start from these settings (without it: 'pretrained' if there is a --model, else 'qa' for a QA set)")
+    parser.add_argument("--from", dest="start", metavar="RUN", help="start from this run folder: its settings and, in grpo.py, its model")
     for name, keywords in extra:
         parser.add_argument(name, **keywords)
     try:
@@ -179,15 +182,15 @@ def parse_args(description, default_run=None, extra=()):
         start, preset = first.start, first.preset
         if default_run and not (start or preset) and (default_run(first.name or first.task) / "config.json").is_file():
             start = default_run(first.name or first.task)
-        if not (start or preset) and first.task != "town":
-            preset = "qa"
-        parser.set_defaults(**PRESETS[preset] if preset else {}, **load_settings(start) if start else {})
+        if not (start or preset) and (first.model or first.task != "town"):
+            preset = "pretrained" if first.model else "qa"
+        parser.set_defaults(**{**PRESETS.get(preset, {}), **(load_settings(start) if start else {})})
         values = vars(parser.parse_args())  # again, now that the defaults are known
         names = [field.name for field in dataclasses.fields(Config)]
         config = Config(**{name: values[name] for name in names})
     except BadInput as error:
         parser.error(str(error))
-    return config, {name: value for name, value in values.items() if name not in (*names, "preset", "start")}
+    return config, {name: value for name, value in values.items() if name not in names}
 
 
 def load_settings(run):
@@ -203,6 +206,12 @@ def load_settings(run):
     return values
 
 
+def trained_model(config, stage):
+    """The model folder of config's run of that stage; None if there is none, or if --model names another base model."""
+    folder = config.folder(stage)
+    return folder / "model" if (folder / "model").is_dir() and load_settings(folder)["model"] == config.model else None
+
+
 class Run:
     """A run folder, runs/<name>/<stage>: config.json, metrics.jsonl (one line a step), model/ (for AutoModelForCausalLM)."""
 
@@ -216,6 +225,8 @@ class Run:
             raise BadInput(f"--log_with {config.log_with}: {error}") from error
         if config.log_with and not self.accelerator.log_with:
             raise BadInput(f"--log_with {config.log_with}: that tracker is not installed")
+        if self.accelerator.num_processes > 1:
+            raise BadInput("this version trains in one process only: start it with python, not with accelerate launch")
         set_seed(config.seed)
 
     def create(self):
@@ -234,3 +245,7 @@ class Run:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
         tqdm.write("  ".join([f"step {step}", *(f"{name} {value:.4g}" for name, value in metrics.items())]))
         self.accelerator.log(metrics, step=step)
+
+    def finish(self):
+        """Let the tracker write what it still holds."""
+        self.accelerator.end_training()

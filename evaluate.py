@@ -2,6 +2,7 @@
 
     python evaluate.py                             SFT and GRPO of runs/town at 1x, 2x, 4x the training length
     python evaluate.py --ablate                    the GRPO policy with operations switched off (the paper's Table 2)
+    python evaluate.py --runs runs/a/grpo runs/b/grpo             any run folders side by side, under one name's settings
     python evaluate.py --trace 2                   two episodes, turn by turn
     python evaluate.py --curves runs/*/grpo/metrics.jsonl         the learning curves as curves.png
     python evaluate.py --data hotpot_dev.json --task hotpotqa --documents 200
@@ -17,12 +18,13 @@ import time
 from pathlib import Path
 
 import numpy as np
+import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from tqdm import tqdm
 
 from agent import TAGS, render, summarize
-from config import BadInput, Config, parse_args
+from config import BadInput, Config, parse_args, trained_model
 from memory import load_embedder
 from policy import evaluate, open_policy
 from sft import GoldDemonstrator, TownDemonstrator
@@ -58,13 +60,14 @@ def measure(label, episodes, config, seconds):
 def table(rows):
     """The rows as text, one line each."""
     rates = [kind for kind in TAGS["paper"] if kind != "answer"]
-    head = f"{'':26}{'EM':>6}  {'95 % interval':^15}{'F1':>6}{'questions':>11}{'turns':>7}{'tokens':>8}   " + " ".join(
-        f"{kind:>10}" for kind in rates) + f"{'invalid':>9}{'cut':>6}"
-    lines = [head, f"{'':71}{'per question':>15}   operations per response"]
+    lost = "lost" in rows[0]
+    head = f"{'':28}{'EM':>6}  {'95 % interval':^15}{'F1':>6}{'questions':>11}{'turns':>7}{'tokens':>8}   " + " ".join(
+        f"{kind:>10}" for kind in rates) + f"{'invalid':>9}{'cut':>6}" + f"{'EM lost':>9}" * lost
+    lines = [head, f"{'':73}{'per question':>15}   operations per response"]
     for row in rows:
-        lines.append(f"{row['label']:26}{row['em']:6.1f}  [{row['low']:5.1f}, {row['high']:5.1f}]{row['f1']:6.1f}{row['questions']:11d}"
+        lines.append(f"{row['label']:28}{row['em']:6.1f}  [{row['low']:5.1f}, {row['high']:5.1f}]{row['f1']:6.1f}{row['questions']:11d}"
                      f"{row['turns']:7.1f}{row['tokens']:8.1f}   " + " ".join(f"{row[kind]:10.3f}" for kind in rates)
-                     + f"{row['invalid']:9.3f}{row['truncated']:6.3f}")
+                     + f"{row['invalid']:9.3f}{row['truncated']:6.3f}" + (f"{row['lost']:9.1f}" if lost else ""))
     return "\n".join(lines)
 
 
@@ -119,57 +122,67 @@ def latest_run(name):
     return grpo if grpo.is_dir() else Config(name=name).folder("sft")
 
 
-def policies(config, gold):
-    """(label, function that makes the policy for a list of tasks) of all that is to be compared."""
+def policies(config, gold, runs):
+    """(token counter, [(label, function from tasks to the policy that plays them)]) of all that is to be compared."""
+    folders = {str(run): Path(run) / "model" for run in runs}
+    for stage in ("sft", "grpo"):
+        if not runs and (found := trained_model(config, stage)):
+            folders[stage] = found
+    if not (folders or config.model or gold):
+        raise BadInput(f"nothing to evaluate: there is no model in runs/{config.name}/sft or runs/{config.name}/grpo; run sft.py "
+                       "first, or give --runs, or a pretrained --model")
+    opened = {label: open_policy(str(folder), config) for label, folder in folders.items()}
+    if not opened:
+        name = config.model or "new"
+        opened = {name: open_policy(config.model, config)}
+    count = list(opened.values())[-1].count
+    if gold and config.task == "town":
+        return count, [("demonstrator", lambda tasks: TownDemonstrator("full", config, noise=0.0))]
     if gold:
-        counter = open_policy("", dataclasses.replace(config, model=""))
-        if config.task == "town":
-            return counter.count, [("demonstrator", lambda tasks: TownDemonstrator("full", config, noise=0.0))]
-        return counter.count, [("gold-facts demonstrator", lambda tasks: GoldDemonstrator(tasks, config, counter.count))]
-    folders = [config.folder(stage) / "model" for stage in ("sft", "grpo") if (config.folder(stage) / "model").is_dir()]
-    if not folders and not config.model:
-        raise BadInput(f"nothing to evaluate: there is no model in runs/{config.name}/sft or runs/{config.name}/grpo; "
-                         "run sft.py first, or name a --model")
-    loaded = [(folder.parent.name, open_policy(str(folder), config)) for folder in folders] or [
-        (config.model, open_policy(config.model, config))]
-    return loaded[-1][1].count, [(label, lambda tasks, policy=policy: policy) for label, policy in loaded]
+        return count, [("gold-facts demonstrator", lambda tasks: GoldDemonstrator(tasks, config, count))]
+    return count, [(label, lambda tasks, policy=policy: policy) for label, policy in opened.items()]
 
 
 def main():
     config, extra = parse_args("Evaluation.", default_run=latest_run, extra=[
-        ("--lengths", dict(type=int, nargs="+", default=None, help="town: story lengths (default: 1 2 4; 1 with --ablate)")),
+        ("--runs", dict(nargs="+", default=[], metavar="RUN", help="run folders to compare (default: SFT and GRPO of --name)")),
+        ("--lengths", dict(type=int, nargs="+", metavar="L", help="town: story lengths (default: 1 2 4; --length with --ablate, --trace)")),
         ("--ablate", dict(action="store_true", help="switch operations off one by one, at test time")),
         ("--trace", dict(type=int, default=0, metavar="N", help="print N episodes turn by turn")),
         ("--curves", dict(nargs="+", metavar="METRICS", help="draw curves.png from GRPO runs' metrics.jsonl, and do nothing else")),
         ("--gold", dict(action="store_true", help="the scripted demonstrator in place of the model"))])
     if extra["curves"]:
         return draw_curves(extra["curves"], "curves.png")
-    accelerator = Accelerator(cpu=config.cpu)
+    device = Accelerator(cpu=config.cpu).device
     set_seed(config.seed)
-    count, contestants = policies(config, extra["gold"])
-    embed = load_embedder(config.embedder, accelerator.device)
-    lengths = extra["lengths"] or ([1, 2, 4] if not (extra["ablate"] or extra["trace"]) else [1])
-    variants = ABLATIONS if extra["ablate"] else {"": config.disable}
-    if extra["ablate"] or extra["trace"]:
-        contestants = contestants[-1:]
+    count, contestants = policies(config, extra["gold"], extra["runs"])
+    embed = load_embedder(config.embedder, device)
+    single = extra["ablate"] or extra["trace"] > 0
+    lengths = extra["lengths"] or ([config.length] if single else [1, 2, 4])
     rows = []
     for length in lengths if config.task == "town" else [config.length]:
-        for label, make_policy in contestants:
-            for variant, disabled in variants.items():
+        for label, make_policy in contestants[-1:] if single else contestants:
+            size = f"{length}x" if config.task == "town" else f"{config.documents} documents"
+            for variant, disabled in (ABLATIONS if extra["ablate"] else {"": []}).items():
                 now = dataclasses.replace(config, length=length, disable=sorted({*config.disable, *disabled}))
                 stream = load_tasks(now, "test", count)
-                tasks = [stream(index) for index in range(extra["trace"] or now.eval_tasks)]
+                tasks = [stream(index) for index in range(extra["trace"] if extra["trace"] > 0 else now.eval_tasks)]
                 policy = make_policy(tasks)
-                size = f"{length}x" if config.task == "town" else f"{config.documents} documents"
+                if isinstance(policy, torch.nn.Module):
+                    policy.to(device)
                 started = time.perf_counter()
                 with tqdm(total=len(tasks), desc=f"{label} {size} {variant}", disable=None, unit="episode", leave=False) as bar:
                     episodes = evaluate(policy, tasks, now, embed, lambda turns, done: bar.update(done - bar.n))
                 rows.append(measure(f"{label} {size} {variant}".strip(), episodes, now, time.perf_counter() - started))
-                if extra["trace"]:
+                whole = rows[-1] if variant in ("", "all on") else whole
+                if extra["ablate"]:
+                    rows[-1]["lost"] = whole["em"] - rows[-1]["em"]
+                if extra["trace"] > 0:
                     print("\n\n".join(trace(episode) for episode in episodes))
     print(table(rows))
     if not (extra["trace"] or extra["gold"]):
-        out = Path("runs") / config.name / f"evaluation{'-ablate' if extra['ablate'] else ''}.json"
+        kind = ("-ablate" if extra["ablate"] else "") + (f"-{config.documents}" if config.task != "town" else "")
+        out = Path("runs") / config.name / f"evaluation{kind}.json"
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(rows, indent=1) + "\n")
         print(f"saved as {out}")

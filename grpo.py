@@ -2,6 +2,7 @@
 
     python grpo.py                                  from runs/town/sft to runs/town/grpo, on a CPU
     python grpo.py --name mine --seed 1             from runs/mine/sft
+    python grpo.py --from runs/town/sft --name b    from that run's settings and model
     python grpo.py --model Qwen/Qwen3-8B ...        from a pretrained model, without SFT
 
 Each step, as in the paper's eqs. 8 and 9:
@@ -16,24 +17,24 @@ Each step, as in the paper's eqs. 8 and 9:
    with rho_t = pi(t) / pi_old(t), and N the number of response tokens in the whole step.
 
 What is ours where the paper is silent: turns that were cut at the token limit count in the reward, but their tokens are out
-of the loss and of N; groups in which all rewards are equal have no gradient, so their rows are skipped (they stay in N).
+of the loss and of N; groups in which all rewards are equal have no gradient, so their rows are skipped (they stay in N),
+unless the KL term needs them.
 With one update per rollout pi_old is pi itself: rho is 1, but its gradient is not 0.
 """
 
 import copy
-import math
 import time
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from agent import mean_reward, run_episodes, summarize
-from config import BadInput, Config, Run, parse_args
+from config import BadInput, Config, Run, parse_args, trained_model
 from memory import load_embedder
-from policy import clip_and_step, evaluate, make_optimizers, micro_batches, open_policy, schedule, set_lr
+from policy import (check_prompts, clip_and_step, count_bad_steps, evaluate, make_optimizers, micro_batches, open_policy,
+                    schedule, set_lr)
 from tasks import load_tasks, scorer
-
-MOST_BAD_STEPS = 3  # non-finite steps in a row before the run stops
 
 
 def group_advantages(rewards):
@@ -67,21 +68,34 @@ def kl_k3(logprobs, reference):
     return difference.exp() - difference - 1
 
 
-def training_rows(episodes, advantages):
-    """([(prompt ids, response ids, sampled log-probs, advantage)], N): the rows with a gradient, and N of the docstring."""
+def training_rows(episodes, advantages, all_rows=False):
+    """([(prompt ids, response ids, sampled log-probs, advantage)], N): the rows with a gradient, and N of the docstring.
+
+    all_rows: those without an advantage too, for the KL term.
+    """
     rows, tokens = [], 0
     for episode, advantage in zip(episodes, advantages):
         for response in (turn.response for turn in episode.turns):
             if response.truncated:
                 continue
             tokens += len(response.ids)
-            if advantage != 0:
+            if advantage != 0 or all_rows:
                 rows.append((response.prompt_ids, response.ids, response.logprobs, advantage))
     return rows, tokens
 
 
-def update(wrapped, reference, rows, tokens, old, optimizers, accelerator, config):
-    """One optimiser step on `rows`. old: {id of row: log-probs}, or None when the policy has not changed since sampling."""
+def with_old(policy, rows, config):
+    """The rows, each with its log-probs (n,) under the present policy as one more item: pi_old of the updates to come."""
+    scored = []
+    with torch.no_grad():
+        for batch in micro_batches(rows, config.micro_batch_tokens):
+            logprobs, _ = policy(batch)
+            scored += [(*row, part) for row, part in zip(batch, logprobs.split([len(row[1]) for row in batch]))]
+    return scored
+
+
+def update(wrapped, reference, rows, tokens, optimizers, accelerator, config):
+    """One optimiser step on `rows`, of training_rows or with_old. Returns its metrics."""
     totals = dict.fromkeys(("loss", "entropy", "clipped", "kl", "ratio"), 0.0)
     gap = 0.0
     for batch in micro_batches(rows, config.micro_batch_tokens):
@@ -89,91 +103,87 @@ def update(wrapped, reference, rows, tokens, old, optimizers, accelerator, confi
         sizes = torch.tensor([len(row[1]) for row in batch], device=logprobs.device)
         advantages = torch.tensor([row[3] for row in batch], device=logprobs.device).repeat_interleave(sizes)  # (n,)
         sampled = torch.tensor([x for row in batch for x in row[2]], device=logprobs.device)
-        before = torch.cat([old[id(row)] for row in batch]) if old else logprobs.detach()
-        losses = policy_loss(logprobs, before, advantages, config.clip_low, config.clip_high)
+        old = torch.cat([row[4] for row in batch]) if len(batch[0]) > 4 else logprobs.detach()
+        losses = policy_loss(logprobs, old, advantages, config.clip_low, config.clip_high)
         if config.kl:
             with torch.no_grad():
                 target, _ = reference(batch)
             kl = kl_k3(logprobs, target)
             losses, totals["kl"] = losses + config.kl * kl, totals["kl"] + kl.sum().item()
-        loss = losses.sum() / tokens  # one denominator for the whole step: micro-batches and their order do not matter
-        accelerator.backward(loss)
+        # One denominator for the whole step: micro-batches and their order do not matter. (With several processes N is the
+        # sum over all of them, and DDP's mean of the gradients is undone by their number.)
+        accelerator.backward(losses.sum() / tokens)
         with torch.no_grad():
-            ratio = (logprobs - before).exp()
+            ratio = (logprobs - old).exp()
             totals["loss"] += losses.sum().item()
             totals["entropy"] += entropy.sum().item()
             totals["clipped"] += ((ratio < 1 - config.clip_low) | (ratio > 1 + config.clip_high)).sum().item()
             totals["ratio"] += (logprobs - sampled).exp().sum().item()
             gap = max(gap, (logprobs - sampled).abs().max().item())
     norm = clip_and_step(accelerator, wrapped, optimizers, config.max_grad_norm)
-    scored = max(1, sum(len(row[1]) for row in rows))
-    metrics = {name: total / scored for name, total in totals.items()}
-    return metrics | {"loss": totals["loss"] / max(1, tokens), "gap": gap, "grad_norm": norm}
+    scored = sum(len(row[1]) for row in rows)
+    return {name: total / scored for name, total in totals.items()} | {
+        "loss": totals["loss"] / tokens, "gap": gap, "grad_norm": norm}
 
 
-def score_rows(policy, rows, config):
-    """{id of row: log-probs} under the present policy, without gradient."""
-    scored = {}
-    with torch.no_grad():
-        for batch in micro_batches(rows, config.micro_batch_tokens):
-            logprobs, _ = policy(batch)
-            for row, part in zip(batch, logprobs.split([len(row[1]) for row in batch])):
-                scored[id(row)] = part
-    return scored
-
-
-def find_start(config):
-    """The model to start from: this name's SFT policy, else --model. Ends with one sentence when there is neither."""
-    trained = config.folder("sft") / "model"
-    if trained.is_dir():
+def find_start(config, start):
+    """The model to start from: that of --from, else this name's SFT policy, else --model."""
+    if start and (Path(start) / "model").is_dir():
+        return str(Path(start) / "model")
+    if trained := trained_model(config, "sft"):
         return str(trained)
     if not config.model:
-        raise BadInput(f"{trained} does not exist: run sft.py with the same --name first, or give a pretrained --model")
+        raise BadInput(f"{config.folder('sft') / 'model'} does not exist: run sft.py with the same --name first, or give a "
+                       "run folder with --from, or a pretrained --model")
     return config.model
 
 
 def main():
-    config, _ = parse_args("GRPO from an SFT policy.", default_run=lambda name: Config(name=name).folder("sft"))
+    config, extra = parse_args("GRPO from an SFT policy.", default_run=lambda name: Config(name=name).folder("sft"))
     run = Run(config, "grpo")
     accelerator = run.accelerator
-    policy = open_policy(find_start(config), config).to(accelerator.device)
+    policy = open_policy(find_start(config, extra["start"]), config).to(accelerator.device)
     reference = copy.deepcopy(policy).requires_grad_(False) if config.kl else None
     embed = load_embedder(config.embedder, accelerator.device)
     stream, dev = load_tasks(config, "train", policy.count), load_tasks(config, "dev", policy.count)
     held_out = [dev(index) for index in range(min(100, config.eval_tasks))]
+    check_prompts(policy, held_out, config)
     optimizers = [accelerator.prepare(optimizer) for optimizer in make_optimizers(policy, config.grpo_lr, config.optimizer)]
-    wrapped = accelerator.prepare(policy)
+    wrapped, bad_steps = accelerator.prepare(policy), 0
     run.create()
-    bad_steps = 0
     try:
-        for step in tqdm(range(1, config.grpo_steps + 1), desc="grpo", disable=None, unit="step"):
+        for step in tqdm(range(1, config.grpo_steps + 1), "grpo", disable=None, unit="step"):
             started = time.perf_counter()
             first = config.demonstrations + (step - 1) * config.tasks_per_step  # tasks that SFT has not seen
-            tasks = [stream(index) for index in range(first, first + config.tasks_per_step) for _ in range(config.group_size)]
+            tasks = [stream(index) for index in range(first, first + config.tasks_per_step)]
+            tasks = [task for task in tasks for _ in range(config.group_size)]
             episodes = run_episodes(tasks, policy, config, embed, scorer(config))
-            rolled_out = time.perf_counter()
+            rollout_seconds = time.perf_counter() - started
             rewards = torch.tensor([episode.reward for episode in episodes]).view(-1, config.group_size)
             advantages = group_advantages(rewards)
-            rows, tokens = training_rows(episodes, advantages.flatten().tolist())
+            rows, tokens = training_rows(episodes, advantages.flatten().tolist(), all_rows=config.kl > 0)
+            if config.updates_per_rollout > 1:
+                rows = with_old(policy, rows, config)
             lr = config.grpo_lr * schedule(step, config.grpo_steps, config.warmup_steps, config.grpo_decay)
             set_lr(optimizers, lr)
-            metrics = {"reward": rewards.mean(), "lr": lr, "dead_groups": (advantages == 0).all(1).float().mean(), **summarize(episodes)}
-            old = score_rows(policy, rows, config) if config.updates_per_rollout > 1 else None
-            for _ in range(config.updates_per_rollout if rows else 0):
-                metrics |= update(wrapped, reference, rows, tokens, old, optimizers, accelerator, config)
-            bad_steps = 0 if math.isfinite(metrics.get("grad_norm", 0.0)) else bad_steps + 1
-            if bad_steps == MOST_BAD_STEPS:
-                raise SystemExit(f"the loss or gradient was not finite in {bad_steps} steps running; the last good model is "
-                                 f"in {run.folder / 'model'}; lower --grpo_lr")
-            metrics |= {"bad_steps": bad_steps, "rollout_seconds": rolled_out - started,
-                        "seconds": time.perf_counter() - started}
-            metrics["tokens_per_second"] = sum(len(row[0]) + len(row[1]) for row in rows) / metrics["seconds"]
+            updates = [update(wrapped, reference, rows, tokens, optimizers, accelerator, config)
+                       for _ in range(config.updates_per_rollout if rows else 0)]
+            bad_steps = count_bad_steps(bad_steps, [one["grad_norm"] for one in updates])
+            seconds = time.perf_counter() - started
+            metrics = {"reward": rewards.mean(), "dead_groups": (advantages == 0).all(1).float().mean(), **summarize(episodes)}
+            for one in reversed(updates):  # of several updates, the first tells of the sampler's and the trainer's agreement
+                metrics |= one
+            metrics |= {"lr": lr, "bad_steps": bad_steps, "rollout_seconds": rollout_seconds, "seconds": seconds,
+                        "tokens_per_second": sum(len(row[0]) + len(row[1]) for row in rows) / seconds}
             if step % config.save_every == 0 or step == config.grpo_steps:
                 policy.save(run.folder / "model")
                 metrics["held_out_em"] = mean_reward(evaluate(policy, held_out, config, embed))
             run.log(step, metrics)
     except KeyboardInterrupt:
-        print(f"stopped by hand; the checkpoint in {run.folder / 'model'} is of the last multiple of --save_every")
+        print("stopped by hand; the policy so far is saved")
+    finally:
+        policy.save(run.folder / "model")
+        run.finish()
     print(f"saved in {run.folder}; next: python evaluate.py --name {config.name}")
 
 

@@ -11,8 +11,9 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from agent import TAGS, Response, instruction, render, run_episodes
+from agent import TAGS, Episode, Response, instruction, observe, render, run_episodes
 from config import BadInput
+from memory import Memory
 from tasks import corpus, scorer
 
 PAD, END, RESPONSE = "<pad>", "<end>", "<response>"
@@ -36,6 +37,8 @@ class LanguageModel(torch.nn.Module):
         self.temperature = config.temperature
         ends = model.generation_config.eos_token_id or []
         ends = ends if isinstance(ends, list) else [ends]
+        if tokenizer.eos_token_id is None:
+            raise BadInput(f"{tokenizer.name_or_path} has no end token, without which no response could end")
         self.end_ids = torch.tensor(sorted({tokenizer.eos_token_id, *ends}))  # a chat model often has two
         # A checkpoint's vocabulary may be padded to a round size: ids beyond the tokenizer's are never sampled.
         self.known_ids = min(len(tokenizer), model.config.vocab_size)
@@ -51,15 +54,23 @@ class LanguageModel(torch.nn.Module):
     # --- prompts ---
 
     def encode(self, observations):
-        """Prompt token ids of each observation. Entries that do not fit are dropped, the least similar first."""
+        """Prompt token ids of each observation.
+
+        In what does not fit, entries are left out, the least similar first; then the policy's own scratchpad and query are
+        cut short. BadInput when the task alone is too long.
+        """
         limit, prompts = self.config.max_prompt_tokens, self._encode(observations)
         for row, observation in enumerate(observations):
-            while len(prompts[row]) > limit and observation.entries:
-                observation.entries.pop()
+            while len(prompts[row]) > limit:
+                if observation.entries:
+                    observation.entries.pop()
+                elif longer := max(observation.scratchpad, observation.query, key=len):
+                    name = "scratchpad" if observation.scratchpad == longer else "query"
+                    setattr(observation, name, longer[: len(longer) // 2])
+                else:
+                    raise BadInput(f"a prompt of {len(prompts[row])} tokens, of text and questions alone, is over "
+                                   f"--max_prompt_tokens {limit}: raise it, or lower --chunk_tokens or --questions")
                 prompts[row] = self._encode([observation])[0]
-            if len(prompts[row]) > limit:
-                raise BadInput(f"a prompt of {len(prompts[row])} tokens is over --max_prompt_tokens {limit}, even with no "
-                                 "entry shown: lower --chunk_tokens or --questions, or raise the limit")
         return prompts
 
     def _encode(self, observations):
@@ -157,11 +168,15 @@ class LanguageModel(torch.nn.Module):
 
     def save(self, folder):
         """Write a folder that AutoModelForCausalLM and AutoTokenizer open; it takes the place of an old one when complete."""
-        part = Path(f"{folder}.part")
+        part, old = Path(f"{folder}.part"), Path(f"{folder}.old")
+        shutil.rmtree(part, ignore_errors=True)
         self.model.save_pretrained(part)
         self.tokenizer.save_pretrained(part)
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+        if Path(folder).exists():
+            Path(folder).rename(old)
         part.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def open_policy(name, config):
@@ -258,6 +273,15 @@ def clip_and_step(accelerator, wrapped, optimizers, max_norm):
     return norm
 
 
+def count_bad_steps(before, norms):
+    """How many steps in a row had a gradient that was not finite, given the number `before` this one. SystemExit at 3."""
+    bad = 0 if all(map(math.isfinite, norms)) else before + 1
+    if bad == 3:
+        raise SystemExit("the gradient was not finite in 3 steps running, so the run stops; the weights are still those before "
+                         "these steps, and are saved. A lower learning rate may help")
+    return bad
+
+
 def micro_batches(rows, max_tokens):
     """Split `rows` of (prompt ids, response ids, ...) into lists of at most `max_tokens`, padding included.
 
@@ -273,9 +297,15 @@ def micro_batches(rows, max_tokens):
 
 
 def evaluate(policy, tasks, config, embed, progress=lambda turns, done: None):
-    """Episodes of `tasks` at the evaluation temperature."""
-    training = getattr(policy, "temperature", None)  # a scripted policy has none
-    policy.temperature = config.eval_temperature
-    episodes = run_episodes(tasks, policy, config, embed, scorer(config), progress)
-    policy.temperature = training
-    return episodes
+    """Episodes of `tasks` at the evaluation temperature, by the settings, and with the prompts, of `config`."""
+    before = policy.config, getattr(policy, "temperature", None)  # a scripted policy has no temperature
+    policy.config, policy.temperature = config, config.eval_temperature
+    try:
+        return run_episodes(tasks, policy, config, embed, scorer(config), progress)
+    finally:
+        policy.config, policy.temperature = before
+
+
+def check_prompts(policy, tasks, config):
+    """BadInput, before any long work, if the first text and questions of a task do not fit the prompt."""
+    policy.encode([observe(Episode(task, Memory()), config, None) for task in tasks])

@@ -23,7 +23,8 @@ import tasks as town
 from agent import TAGS, Response, mean_reward, run_episodes
 from config import BadInput, Run, parse_args
 from memory import load_embedder
-from policy import clip_and_step, evaluate, make_optimizers, micro_batches, open_policy, schedule, set_lr
+from policy import (check_prompts, clip_and_step, count_bad_steps, evaluate, make_optimizers, micro_batches, open_policy,
+                    schedule, set_lr)
 from tasks import load_tasks, scorer
 
 # --- the town's demonstrator ---------------------------------------------------------------------------------------
@@ -37,8 +38,7 @@ WORKFLOWS = {
     "full": 0.4,  # Reads the asked person's name first; Updates and Deletes the entries that this brings into view
     "append": 0.2,  # never Reads while reading: old and new facts stand side by side
     "lazy": 0.4,  # like append, and stores nothing about people whom no question names
-    "notes": 0.0,  # everything in the scratchpad, rewritten at each chunk (MemAgent's workflow)
-}
+}  # and "notes", everything in the scratchpad, rewritten at each chunk (MemAgent's workflow), where there is no store
 
 
 def facts_in(text):
@@ -175,8 +175,7 @@ class GoldDemonstrator(Demonstrator):
         response = ""
         for support in dict.fromkeys(fact for text in o.questions for fact in self.questions[text].support):
             operation = self.write("create", ": ".join(support))
-            fits = self.count(response + operation) < self.config.max_response_tokens  # < leaves room for the end token
-            if fits and support[1] in o.chunk:
+            if support[1] in o.chunk and self.fits(response + operation):
                 response += operation
         return response
 
@@ -187,7 +186,10 @@ class GoldDemonstrator(Demonstrator):
         if len(found) == len(question.support):
             return self.write("answer", question.answers[0])
         query = " ".join([question.text, *found])
-        return self.write("read", query) if query != o.query and self.count(query) + 3 <= self.config.max_response_tokens else ""
+        return self.write("read", query) if query != o.query and self.fits(self.write("read", query)) else ""
+
+    def fits(self, response):
+        return self.count(response) < self.config.max_response_tokens  # below the limit: the end token comes on top
 
 
 # --- from demonstrations to rows -----------------------------------------------------------------------------------
@@ -227,7 +229,7 @@ def lessons(config, stream):
     """
     if config.task != "town" or not config.easy_share:
         return [(1.0, [stream(index) for index in range(config.demonstrations)])]
-    easy = round(config.easy_share * config.demonstrations)
+    easy = math.ceil(config.easy_share * config.demonstrations)
     return [(config.easy_share, [stream(index, hops=False) for index in range(easy)]),
             (1 - config.easy_share, [stream(index) for index in range(easy, config.demonstrations)])]
 
@@ -267,7 +269,9 @@ def main():
     accelerator = run.accelerator
     policy = open_policy(config.model, config).to(accelerator.device)
     embed = load_embedder(config.embedder, accelerator.device)
-    stream, taught = load_tasks(config, "train", policy.count), []
+    stream, dev, taught = load_tasks(config, "train", policy.count), load_tasks(config, "dev", policy.count), []
+    held_out = [dev(index) for index in range(min(100, config.eval_tasks))]
+    check_prompts(policy, held_out, config)
     for share, tasks in lessons(config, stream):
         episodes = demonstrate(tasks, config, embed, policy.count)
         kept = [episode for episode in episodes if episode.reward >= config.keep_score]
@@ -278,7 +282,7 @@ def main():
               f"{len(kept)} kept, which make {len(taught[-1][1])} rows")
 
     optimizers = [accelerator.prepare(optimizer) for optimizer in make_optimizers(policy, config.sft_lr, config.optimizer)]
-    wrapped = accelerator.prepare(policy)
+    wrapped, bad_steps = accelerator.prepare(policy), 0
     run.create()
     try:
         for step, batch in enumerate(tqdm(batches(taught, config), "sft", config.sft_steps, disable=None, unit="step"), start=1):
@@ -286,22 +290,25 @@ def main():
             lr = config.sft_lr * schedule(step, config.sft_steps, warmup=config.sft_steps // 10, decay=0.5)
             set_lr(optimizers, lr)
             tokens, loss_sum, sure = sum(len(response) for _, response in batch), 0.0, 0
-            for rows_now in micro_batches(batch, config.micro_batch_tokens):
-                logprobs, _ = wrapped(rows_now)  # (N,)
+            for rows in micro_batches(batch, config.micro_batch_tokens):
+                logprobs, _ = wrapped(rows)  # (N,)
                 accelerator.backward(-logprobs.sum() / tokens)
                 loss_sum -= logprobs.sum().item()
                 sure += (logprobs > math.log(0.5)).sum().item()
             norm = clip_and_step(accelerator, wrapped, optimizers, config.max_grad_norm)
-            if step % 10 == 0 or step == config.sft_steps:
-                speed = sum(len(prompt) + len(response) for prompt, response in batch) / (time.perf_counter() - started)
-                run.log(step, {"loss": loss_sum / tokens, "sure": sure / tokens, "grad_norm": norm, "lr": lr,
-                               "tokens_per_second": speed})
+            bad_steps = count_bad_steps(bad_steps, [norm])
+            seconds = time.perf_counter() - started
+            metrics = {"loss": loss_sum / tokens, "sure": sure / tokens, "lr": lr, "grad_norm": norm, "bad_steps": bad_steps,
+                       "seconds": seconds, "tokens_per_second": sum(len(prompt) + len(response) for prompt, response in batch) / seconds}
+            if step == config.sft_steps:
+                metrics["held_out_em"] = mean_reward(evaluate(policy, held_out, config, embed))
+            run.log(step, metrics)
     except KeyboardInterrupt:
         print("stopped by hand; the policy so far is saved")
-    policy.save(run.folder / "model")
-    tasks = [load_tasks(config, "dev", policy.count)(index) for index in range(min(100, config.eval_tasks))]
-    held_out = mean_reward(evaluate(policy, tasks, config, embed))
-    print(f"score on {len(tasks)} held-out tasks: {held_out:.3f}; saved in {run.folder}; next: python grpo.py --name {config.name}")
+    finally:
+        policy.save(run.folder / "model")
+        run.finish()
+    print(f"saved in {run.folder}; next: python grpo.py --name {config.name}")
 
 
 if __name__ == "__main__":

@@ -160,18 +160,24 @@ def load_tasks(config, split, count):
     return QATasks(config, split, count) if config.task != "town" else functools.partial(town_task, split=split, config=config)
 
 
+@functools.cache
 def read_examples(path, task):
     """The examples of a file in the original format of `task`. BadInput names the file, the row and the fault."""
     path = Path(path)
     if not path.is_file():
         raise BadInput(f"{path}: no such file")
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path}: not a text file: {error}") from error
     if not text.strip():
         raise BadInput(f"{path}: the file is empty")
     try:  # JSONL is split at "\n" alone: the texts contain other line separators
         rows = [json.loads(line) for line in text.split("\n") if line.strip()] if task == "musique" else json.loads(text)
     except json.JSONDecodeError as error:
         raise BadInput(f"{path}: not {'JSONL' if task == 'musique' else 'JSON'}: {error}") from error
+    if not isinstance(rows, list):
+        raise BadInput(f"{path}: not in the format of {task}: the file holds no list of rows")
     convert, examples = (musique_example if task == "musique" else hotpot_example), []
     for number, row in enumerate(rows):
         try:
@@ -224,9 +230,10 @@ class QATasks:
         self.config, self.split, self.count = config, split, count
         self.examples = read_examples(config.data, config.task)
         self.pool = list(dict.fromkeys(p for example in self.examples for p in example.paragraphs))
-        if split != "test":  # of a training file, every 20th question is kept for the evaluations during training
-            self.examples = [e for number, e in enumerate(self.examples) if (number % 20 == 19) == (split == "dev")]
         most = config.questions or 10
+        if split != "test":  # of a training file, up to every 20th question is kept for the evaluations during training
+            every = min(20, max(2, len(self.examples) // most))
+            self.examples = [e for number, e in enumerate(self.examples) if (number % every == every - 1) == (split == "dev")]
         if len(self.pool) < config.documents:
             raise BadInput(f"{config.data}: {len(self.pool)} different paragraphs are too few for --documents "
                              f"{config.documents}")
@@ -238,8 +245,8 @@ class QATasks:
                              f"{gold}): raise it, or lower --questions")
 
     def __call__(self, index):
-        """Task number `index`: its questions, distractors and the order of its documents hang on (seed, index) alone."""
-        rng = random.Random(f"{self.config.task} {self.split} {self.config.seed} {index}")
+        """Task number `index`. Its questions, distractors and order of documents hang on the index, and in training on the seed."""
+        rng = random.Random(f"{self.config.task} {self.split} {self.config.seed if self.split == 'train' else ''} {index}")
         number = self.config.questions or (1 if rng.random() < 0.5 else rng.randint(2, 10))
         examples = rng.sample(self.examples, number)
         gold = [p for example in examples for p in example.paragraphs[: example.gold]]

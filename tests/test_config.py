@@ -37,6 +37,9 @@ def test_later_sources_win(monkeypatch, tmp_path):
     found = parsed(monkeypatch, "--preset", "paper", "--data", "x.json", "--top_k", "5")
     assert (found.model, found.top_k, found.group_size) == ("Qwen/Qwen3-8B", 5, 16)
     assert parsed(monkeypatch, default_run=lambda name: tmp_path).top_k == 3
+    found = parsed(monkeypatch, "--preset", "paper", "--from", str(tmp_path), "--model", "m")
+    assert (found.model, found.top_k, found.name) == ("m", 3, "mine")
+    assert parsed(monkeypatch, "--model", "m").optimizer == "adamw"
     assert parsed(monkeypatch, "--task", "musique", "--data", "x").max_response_tokens == module.PRESETS["qa"]["max_response_tokens"]
 
 

@@ -10,7 +10,7 @@ import grpo
 from agent import Episode, Response, Turn, run_episodes
 from config import Config
 from memory import HashedEmbedder, Memory
-from policy import clip_and_step, make_optimizers
+from policy import clip_and_step, count_bad_steps, make_optimizers
 from tasks import exact_match, town_task
 
 
@@ -23,7 +23,7 @@ def rollout(policy, config, tasks=3, group=4):
     return episodes, advantages, *grpo.training_rows(episodes, advantages)
 
 
-def gradient(policy, rows, tokens, config, old=None, reference=None):
+def gradient(policy, rows, tokens, config, reference=None):
     """The gradient that one update computes, before clipping and stepping."""
     policy.zero_grad()
     kept = {}
@@ -35,7 +35,7 @@ def gradient(policy, rows, tokens, config, old=None, reference=None):
         def zero_grad(self):
             pass
 
-    metrics = grpo.update(policy, reference, rows, tokens, old, [Keep()], Accelerator(cpu=True), config)
+    metrics = grpo.update(policy, reference, rows, tokens, [Keep()], Accelerator(cpu=True), config)
     return torch.cat([kept[name].flatten() for name in sorted(kept)]), metrics
 
 
@@ -109,15 +109,27 @@ def test_micro_batches_and_order_do_not_matter(tiny, settings):
     reference = copy.deepcopy(tiny)
     with torch.no_grad():
         for p in tiny.parameters():
-            p.add_(0.01 * torch.randn_like(p))  # away from old and reference policy
-    old = grpo.score_rows(reference, rows, config) if config.updates_per_rollout > 1 else None
-    whole, metrics = gradient(tiny, rows, tokens, config, old, reference)
+            p.add_(0.05 * torch.randn_like(p))  # away from old and reference policy
+    if config.updates_per_rollout > 1:
+        rows = grpo.with_old(reference, rows, config)
+    whole, metrics = gradient(tiny, rows, tokens, config, reference)
     small = Config(**CONFIG, **settings, micro_batch_tokens=1)  # one row at a time
-    single, other = gradient(tiny, list(reversed(rows)), tokens, small, old, reference)
+    single, other = gradient(tiny, list(reversed(rows)), tokens, small, reference)
     assert torch.allclose(whole, single, atol=1e-6 + 1e-4 * whole.abs().max().item())
     for name in ("loss", "entropy", "kl", "ratio", "clipped"):
         assert metrics[name] == pytest.approx(other[name], abs=1e-4)
     assert (metrics["kl"] > 0) == (config.kl > 0)
+    assert (metrics["clipped"] > 0) == (config.updates_per_rollout > 1)
+
+
+def test_the_kl_term_needs_every_row(tiny):
+    """Bug: rows of dead groups are skipped although the KL penalty has a gradient there."""
+    config = Config(**CONFIG)
+    tiny.config = config
+    episodes, advantages, rows, tokens = rollout(tiny, config)
+    every, same = grpo.training_rows(episodes, [0.0] * len(episodes), all_rows=True)
+    assert len(every) >= len(rows) and same == tokens == sum(len(row[1]) for row in every)
+    assert grpo.training_rows(episodes, [0.0] * len(episodes)) == ([], tokens)
 
 
 def test_truncated_turns_are_out_of_loss_and_denominator(tiny):
@@ -163,3 +175,12 @@ def test_a_non_finite_step_is_left_out(tiny):
     norm = clip_and_step(Accelerator(cpu=True), tiny, make_optimizers(tiny, 1e-3, "muon"), 1.0)
     assert norm != norm and all(torch.equal(p, b) for p, b in zip(tiny.parameters(), before))
     assert all(p.grad is None for p in tiny.parameters())
+
+
+def test_the_run_stops_after_several_bad_steps():
+    """Bug: a run whose every step is left out goes on for days, or one bad step ends it (rule 12)."""
+    nan = float("nan")
+    assert count_bad_steps(0, [nan, 1.0]) == 1 and count_bad_steps(1, [nan]) == 2 and count_bad_steps(2, [1.0]) == 0
+    assert count_bad_steps(2, []) == 0  # all groups dead: no update
+    with pytest.raises(SystemExit, match="not finite"):
+        count_bad_steps(2, [nan])

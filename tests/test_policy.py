@@ -93,9 +93,23 @@ def test_greedy_is_the_most_probable_token(tiny):
     config = Config(eval_tasks=3)
     tasks = [town_task(index, "test", config) for index in range(3)]
     embed = lambda texts, query=False: torch.ones(len(texts), 1).numpy()
-    first, second = (evaluate(tiny, tasks, config, embed) for _ in range(2))
-    assert [t.response.text for e in first for t in e.turns] == [t.response.text for e in second for t in e.turns]
+    response = evaluate(tiny, tasks, config, embed)[0].turns[0].response
+    logits = tiny.model(torch.tensor([response.prompt_ids + response.ids])).logits[0, len(response.prompt_ids) - 1 : -1]
+    assert logits.argmax(-1).tolist() == response.ids
     assert tiny.temperature == config.temperature
+
+
+def test_an_ablated_operation_is_not_in_the_evaluation_prompt(tiny):
+    """Bug: at test time the operation is switched off in the loop, but still described to the model."""
+    tiny.tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    tiny.config.max_prompt_tokens = 1000
+    embed = lambda texts, query=False: torch.ones(len(texts), 1).numpy()
+    tag = tiny.tokenizer("<update_memory>")["input_ids"][0]
+    for disable, there in (([], True), (["update"], False)):
+        now = Config(max_prompt_tokens=1000, disable=disable)
+        [episode] = evaluate(tiny, [town_task(0, "test", now)], now, embed)
+        assert all((tag in turn.response.prompt_ids) == there for turn in episode.turns)
+    assert tiny.config.disable == []
 
 
 def test_entries_that_do_not_fit_are_left_out_from_the_end(tiny):
@@ -106,6 +120,9 @@ def test_entries_that_do_not_fit_are_left_out_from_the_end(tiny):
     [ids] = tiny.encode([observation])
     assert len(ids) <= 100 and 0 < len(observation.entries) < 50
     assert [entry.id for entry in observation.entries] == list(range(len(observation.entries)))
+    observation.scratchpad = "Anna " * 200
+    [ids] = tiny.encode([observation])
+    assert len(ids) <= 100 and observation.scratchpad and not observation.entries
     tiny.config.max_prompt_tokens = 10
     with pytest.raises(ValueError, match="--max_prompt_tokens"):
         tiny.encode([observation])

@@ -25,7 +25,7 @@ def script(name, *arguments, folder, status=0):
 def check_runs(folder, name):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    for stage, steps in (("sft", 1), ("grpo", 2)):
+    for stage, steps in (("sft", 4), ("grpo", 2)):
         run = folder / "runs" / name / stage
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         assert len(lines) == steps and json.loads((run / "config.json").read_text())["name"] == name
@@ -51,6 +51,9 @@ def test_the_town_end_to_end(tmp_path):
     assert all(row in out for row in ("all on", "- Update", "- Delete", "- Read", "- scratchpad", "- storage", "- both"))
     out = script("evaluate.py", "--trace", 1, "--cpu", folder=tmp_path)
     assert "Text: " in out and "memory: " in out and "gold: " in out
+    out = script("evaluate.py", "--runs", "runs/town/sft", "--lengths", 1, "--eval_tasks", 3, "--cpu", folder=tmp_path)
+    assert "runs/town/sft 1x" in out and "grpo" not in out
+    script("grpo.py", "--from", "runs/town/sft", "--name", "b", *TINY, folder=tmp_path)
     out = script("sft.py", *TINY, folder=tmp_path, status=1)
     assert "--overwrite" in out and "Traceback" not in out
     script("sft.py", *TINY, "--overwrite", folder=tmp_path)
@@ -72,7 +75,7 @@ def test_ctrl_c_leaves_a_usable_checkpoint(tmp_path):
     from transformers import AutoModelForCausalLM
 
     script("sft.py", *TINY, folder=tmp_path)
-    running = subprocess.Popen([sys.executable, str(ROOT / "grpo.py"), *TINY, "--grpo_steps", "5000"], cwd=tmp_path,
+    running = subprocess.Popen([sys.executable, str(ROOT / "grpo.py"), *TINY, "--grpo_steps", "5000", "--save_every", "5000"], cwd=tmp_path,
                                stdout=subprocess.PIPE, text=True)
     metrics = tmp_path / "runs/town/grpo/metrics.jsonl"
     while not (metrics.exists() and metrics.read_text().count("\n") >= 2):
@@ -90,6 +93,7 @@ def test_ctrl_c_leaves_a_usable_checkpoint(tmp_path):
     ("sft.py", ["--task", "hotpotqa"], 2, "needs --data"),
     ("sft.py", ["--disable", "forget"], 2, "--disable 'forget' is not one of"),
     ("sft.py", ["--from", "runs/none"], 2, "--from runs/none"),
+    ("sft.py", ["--max_prompt_tokens", "20"], 1, "--max_prompt_tokens 20"),
     ("sft.py", ["--model", "./no-such-model"], 1, "cannot load this model"),
     ("sft.py", ["--task", "hotpotqa", "--data", "none.json"], 1, "none.json: no such file"),
     ("grpo.py", [], 1, "run sft.py"),

@@ -8,7 +8,7 @@ import pytest
 from conftest import DATA
 
 import sft
-from agent import run_episodes
+from agent import render, run_episodes
 from config import Config
 from tasks import exact_match, load_tasks, town_task
 
@@ -65,7 +65,8 @@ def test_training_prompts_equal_evaluation_prompts(tiny, config, embed):
     episodes = play(config, sft.TownDemonstrator("full", config), embed, 5)
     rows = sft.rows_of(episodes, tiny)
     shown = [turn.observation for episode in episodes for turn in episode.turns]
-    assert [prompt for prompt, _ in rows] == [response.prompt_ids for response in tiny.respond(shown)]
+    plain = [tiny.tokenizer(render(observation) + "<response>")["input_ids"] for observation in shown]
+    assert [prompt for prompt, _ in rows] == [response.prompt_ids for response in tiny.respond(shown)] == plain
 
 
 def test_lessons_come_in_order_and_whole():

@@ -132,6 +132,14 @@ def test_training_and_dev_questions_are_disjoint():
     """Bug: the held-out score during training is taken on training questions."""
     train, dev = (load_tasks(qa_config("hotpotqa"), split, count) for split in ("train", "dev"))
     assert not {e.question for e in train.examples} & {e.question for e in dev.examples}
+    assert len(load_tasks(qa_config("hotpotqa", questions=0, documents=50), "dev", count).examples) >= 10  # though the file is small
+
+
+def test_held_out_qa_tasks_do_not_change_with_the_seed():
+    """Bug: runs with different seeds are compared on different questions."""
+    for split, same in (("train", False), ("dev", True), ("test", True)):
+        one, two = (load_tasks(qa_config("hotpotqa", seed=seed), split, count)(0) for seed in (1, 2))
+        assert (one == two) == same
 
 
 def test_chunks_rejoin_to_the_text():
@@ -164,7 +172,9 @@ def test_details_of_the_formats(tmp_path):
     ("{not json", "hotpotqa", "not JSON"),
     ("{not json", "musique", "not JSONL"),
     ('[{"question": "Q?"}]', "hotpotqa", "row 0 is not in the format of hotpotqa"),
-    ('{"data": []}', "hotpotqa", "row 0 is not in the format"),
+    ('{"data": []}', "hotpotqa", "no list of rows"),
+    ("3", "2wikimultihopqa", "no list of rows"),
+    ("[3]", "hotpotqa", "row 0 is not in the format"),
     ('[{"question": "Q?", "answer": "A", "supporting_facts": [["Gone", 0]], "context": [["T", ["x"]]]}]', "hotpotqa", "fullwiki"),
 ])
 def test_bad_files_get_one_sentence(tmp_path, content, task, complaint):
@@ -172,9 +182,17 @@ def test_bad_files_get_one_sentence(tmp_path, content, task, complaint):
     path = tmp_path / "file.json"
     if content is not None:
         path.write_text(content)
+    read_examples.cache_clear()
     with pytest.raises(ValueError, match="file.json") as error:
         read_examples(path, task)
     assert complaint in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_binary_file_gets_one_sentence(tmp_path):
+    """Bug: a compressed download ends in a UnicodeDecodeError."""
+    (tmp_path / "file.json").write_bytes(b"\x1f\x8b\x08\x00")
+    with pytest.raises(ValueError, match="file.json: not a text file"):
+        read_examples(tmp_path / "file.json", "hotpotqa")
 
 
 @pytest.mark.parametrize("settings, complaint", [
