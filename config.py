@@ -67,12 +67,12 @@ class Config:
     max_grad_norm: float = setting(1.0, "gradients are clipped to this norm")
     seed: int = setting(42, "seed of everything random (paper: 42)")
     # --- sft.py --------------------------------------------------------------------------------
-    demonstrations: int = setting(8000, "demonstrated episodes, before the filter")
+    demonstrations: int = setting(10000, "demonstrated episodes, before the filter")
     keep_score: float = setting(0.5, "demonstrations with a lower task score are dropped (paper: 0.5)")
-    easy_share: float = setting(0.35, "town: share of the SFT steps, the first, on stories without two-hop questions")
-    sft_steps: int = setting(1500, "optimiser steps (paper: 3 epochs)")
+    easy_share: float = setting(0.4, "town: share of the SFT steps, the first, on stories without two-hop questions")
+    sft_steps: int = setting(2000, "optimiser steps (paper: 3 epochs)")
     sft_batch: int = setting(64, "turns per optimiser step")
-    sft_lr: float = setting(5e-3, "peak learning rate, warmed up over a tenth of the steps, then down to 0")
+    sft_lr: float = setting(5e-3, "peak learning rate: warm-up over a tenth of the steps, linear to 0 over the last 60 %")
     # --- grpo.py -------------------------------------------------------------------------------
     grpo_steps: int = setting(120, "rollout-and-update steps")
     tasks_per_step: int = setting(8, "different tasks in one step (paper: 16)")

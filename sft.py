@@ -287,7 +287,7 @@ def main():
     try:
         for step, batch in enumerate(tqdm(batches(taught, config), "sft", config.sft_steps, disable=None, unit="step"), start=1):
             started = time.perf_counter()
-            lr = config.sft_lr * schedule(step, config.sft_steps, warmup=config.sft_steps // 10, decay=0.5)
+            lr = config.sft_lr * schedule(step, config.sft_steps, warmup=config.sft_steps // 10, decay=0.6)
             set_lr(optimizers, lr)
             tokens, loss_sum, sure = sum(len(response) for _, response in batch), 0.0, 0
             for rows in micro_batches(batch, config.micro_batch_tokens):

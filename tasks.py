@@ -38,9 +38,9 @@ class Task:
 
 # --- the town ------------------------------------------------------------------------------------------------------
 
-NAMES = "Anna Ben Clara David Emma Felix Greta Hugo Iris Jonas Karin Leo".split()
+NAMES = "Anna Ben Clara David Emma Felix Greta Hugo".split()
 VALUES = {
-    "home": "Rome Oslo Paris Vienna Madrid Lisbon Prague Athens".split(),
+    "home": "Rome Oslo Paris Vienna Madrid Lisbon".split(),
     "job": "baker teacher doctor farmer painter nurse".split(),
     "pet": "cat dog parrot rabbit horse goat".split(),
     "boss": NAMES,
@@ -114,8 +114,11 @@ def town_task(index, split, config, hops=True):
                     answers["boss " + kind] = value
         others = others[2:]
     while sum(map(len, tracks)) < SENTENCES_PER_STORY * config.length:
-        kind, who = rng.choice(list(SENTENCES)), rng.choice(others)
-        tell(kind, who, [rng.choice([value for value in VALUES.get(kind, [""]) if value not in (name, who)])])
+        kind, who = rng.choice([*SENTENCES, "retraction"]), rng.choice(others)
+        if kind == "retraction":
+            tracks.append([RETRACTION.format(name=who)])
+        else:
+            tell(kind, who, [rng.choice([value for value in VALUES.get(kind, [""]) if value not in (name, who)])])
     order = [number for number, track in enumerate(tracks) for _ in track]
     rng.shuffle(order)
     sentences = [tracks[number].pop(0) + "." for number in order]
