@@ -123,8 +123,8 @@ class Config:
             need(getattr(self, name) >= 1, f"--{name} must be at least 1, not {getattr(self, name)}")
         longest = self.chunk_tokens + 2 * self.max_response_tokens + 512  # a full scratchpad and query, and ten questions
         need(self.task == "town" or longest <= self.max_prompt_tokens,
-             f"--max_prompt_tokens {self.max_prompt_tokens} cannot hold --chunk_tokens {self.chunk_tokens}, a scratchpad and a query "
-             f"of --max_response_tokens {self.max_response_tokens} each, and the questions: it takes {longest}")
+             f"--max_prompt_tokens {self.max_prompt_tokens} cannot hold --chunk_tokens {self.chunk_tokens}, a scratchpad "
+             f"and a query of --max_response_tokens {self.max_response_tokens} each, and the questions: it takes {longest}")
         need(self.group_size >= 2, "--group_size must be at least 2: an episode is compared with its group's mean")
         need(self.capacity >= 0 and self.max_reads >= 0, "--capacity and --max_reads cannot be negative")
         need(self.temperature > 0, "--temperature must be above 0: training samples (evaluation: --eval_temperature 0)")
@@ -161,20 +161,24 @@ PRESETS = {
                        grpo_lr=1e-6, grpo_decay=0.0, warmup_steps=20, sample_rows=64, eval_tasks=50, eval_temperature=0.7),
     "paper": dict(task="hotpotqa", model="Qwen/Qwen3-8B", embedder="Qwen/Qwen3-Embedding-0.6B", questions=0, documents=200,
                   chunk_tokens=4096, top_k=6, max_prompt_tokens=16384, max_response_tokens=4096, optimizer="adamw",
-                  sft_lr=1e-5, tasks_per_step=16, group_size=16, grpo_lr=1e-6, grpo_decay=0.0, warmup_steps=20, eval_temperature=0.7,
-                  sample_rows=64),
+                  sft_lr=1e-5, tasks_per_step=16, group_size=16, grpo_lr=1e-6, grpo_decay=0.0, warmup_steps=20,
+                  eval_temperature=0.7, sample_rows=64),
 }
 
 
 def parse_args(description, default_run=None, extra=()):
-    """(config, {extra flag: value, "start": --from}) from the command line. Ends with exit status 2 and one sentence on a bad flag or value.
+    """(config, {extra flag: value, "start": --from}) from the command line.
+
+    Ends with exit status 2 and one sentence on a bad flag or value.
 
     default_run(name) is the run folder to start from, if it is there, when --from is not given. `extra` lists flags,
     (name, keywords of add_argument), that are the script's own and no part of the configuration.
     """
     parser = HfArgumentParser(Config, description=description, allow_abbrev=False, usage="%(prog)s [--flag value ...]")
-    parser.add_argument("--preset", choices=sorted(PRESETS), help="start from these settings (without it: 'pretrained' if there is a --model, else 'qa' for a QA set)")
-    parser.add_argument("--from", dest="start", metavar="RUN", help="start from this run folder: its settings and, in grpo.py, its model")
+    parser.add_argument("--preset", choices=sorted(PRESETS),
+                        help="start from these settings (without it: 'pretrained' if there is a --model, else 'qa' for a QA set)")
+    parser.add_argument("--from", dest="start", metavar="RUN",
+                        help="start from this run folder: its settings and, in grpo.py, its model")
     for name, keywords in extra:
         parser.add_argument(name, **keywords)
     try:

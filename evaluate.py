@@ -18,7 +18,6 @@ import time
 from pathlib import Path
 
 import numpy as np
-import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from tqdm import tqdm
@@ -65,8 +64,8 @@ def table(rows):
         f"{kind:>10}" for kind in rates) + f"{'invalid':>9}{'cut':>6}" + f"{'EM lost':>9}" * lost
     lines = [head, f"{'':73}{'per question':>15}   operations per response"]
     for row in rows:
-        lines.append(f"{row['label']:28}{row['em']:6.1f}  [{row['low']:5.1f}, {row['high']:5.1f}]{row['f1']:6.1f}{row['questions']:11d}"
-                     f"{row['turns']:7.1f}{row['tokens']:8.1f}   " + " ".join(f"{row[kind]:10.3f}" for kind in rates)
+        lines.append(f"{row['label']:28}{row['em']:6.1f}  [{row['low']:5.1f}, {row['high']:5.1f}]{row['f1']:6.1f}"
+                     f"{row['questions']:11d}{row['turns']:7.1f}{row['tokens']:8.1f}   " + " ".join(f"{row[kind]:10.3f}" for kind in rates)
                      + f"{row['invalid']:9.3f}{row['truncated']:6.3f}" + (f"{row['lost']:9.1f}" if lost else ""))
     return "\n".join(lines)
 
@@ -122,19 +121,18 @@ def latest_run(name):
     return grpo if grpo.is_dir() else Config(name=name).folder("sft")
 
 
-def policies(config, gold, runs):
+def policies(config, gold, runs, device):
     """(token counter, [(label, function from tasks to the policy that plays them)]) of all that is to be compared."""
     folders = {str(run): Path(run) / "model" for run in runs}
     for stage in ("sft", "grpo"):
         if not runs and (found := trained_model(config, stage)):
             folders[stage] = found
     if not (folders or config.model or gold):
-        raise BadInput(f"nothing to evaluate: there is no model in runs/{config.name}/sft or runs/{config.name}/grpo; run sft.py "
-                       "first, or give --runs, or a pretrained --model")
-    opened = {label: open_policy(str(folder), config) for label, folder in folders.items()}
-    if not opened:
-        name = config.model or "new"
-        opened = {name: open_policy(config.model, config)}
+        raise BadInput(f"nothing to evaluate: there is no model in runs/{config.name}/sft or runs/{config.name}/grpo; "
+                       "run sft.py first, or give --runs, or a pretrained --model")
+    opened = {label: open_policy(str(folder), config).to(device) for label, folder in folders.items()}
+    if not opened:  # for --gold without a model, a new one's tokenizer counts
+        opened = {config.model or "new": open_policy(config.model, config).to(device)}
     count = list(opened.values())[-1].count
     if gold and config.task == "town":
         return count, [("demonstrator", lambda tasks: TownDemonstrator("full", config, noise=0.0))]
@@ -143,21 +141,33 @@ def policies(config, gold, runs):
     return count, [(label, lambda tasks, policy=policy: policy) for label, policy in opened.items()]
 
 
+def play(name, make_policy, config, number, count, embed):
+    """The episodes of the first `number` test tasks."""
+    stream = load_tasks(config, "test", count)
+    tasks = [stream(index) for index in range(number)]
+    with tqdm(total=number, desc=name, disable=None, unit="episode", leave=False) as bar:
+        return evaluate(make_policy(tasks), tasks, config, embed, lambda turns, done: bar.update(done - bar.n))
+
+
 def main():
     config, extra = parse_args("Evaluation.", default_run=latest_run, extra=[
         ("--runs", dict(nargs="+", default=[], metavar="RUN", help="run folders to compare (default: SFT and GRPO of --name)")),
-        ("--lengths", dict(type=int, nargs="+", metavar="L", help="town: story lengths (default: 1 2 4; --length with --ablate, --trace)")),
+        ("--lengths", dict(type=int, nargs="+", metavar="L",
+                           help="town: story lengths (default: 1 2 4; --length with --ablate and --trace)")),
         ("--ablate", dict(action="store_true", help="switch operations off one by one, at test time")),
         ("--trace", dict(type=int, default=0, metavar="N", help="print N episodes turn by turn")),
-        ("--curves", dict(nargs="+", metavar="METRICS", help="draw curves.png from GRPO runs' metrics.jsonl, and do nothing else")),
+        ("--curves", dict(nargs="+", metavar="METRICS",
+                          help="draw curves.png from GRPO runs' metrics.jsonl, and do nothing else")),
         ("--gold", dict(action="store_true", help="the scripted demonstrator in place of the model"))])
     if extra["curves"]:
         return draw_curves(extra["curves"], "curves.png")
     device = Accelerator(cpu=config.cpu).device
     set_seed(config.seed)
-    count, contestants = policies(config, extra["gold"], extra["runs"])
+    count, contestants = policies(config, extra["gold"], extra["runs"], device)
     embed = load_embedder(config.embedder, device)
-    single = extra["ablate"] or extra["trace"] > 0
+    if extra["trace"] < 0:
+        raise BadInput(f"--trace {extra['trace']}: a number of episodes, 1 or more")
+    single = extra["ablate"] or extra["trace"]
     lengths = extra["lengths"] or ([config.length] if single else [1, 2, 4])
     rows = []
     for length in lengths if config.task == "town" else [config.length]:
@@ -165,19 +175,13 @@ def main():
             size = f"{length}x" if config.task == "town" else f"{config.documents} documents"
             for variant, disabled in (ABLATIONS if extra["ablate"] else {"": []}).items():
                 now = dataclasses.replace(config, length=length, disable=sorted({*config.disable, *disabled}))
-                stream = load_tasks(now, "test", count)
-                tasks = [stream(index) for index in range(extra["trace"] if extra["trace"] > 0 else now.eval_tasks)]
-                policy = make_policy(tasks)
-                if isinstance(policy, torch.nn.Module):
-                    policy.to(device)
-                started = time.perf_counter()
-                with tqdm(total=len(tasks), desc=f"{label} {size} {variant}", disable=None, unit="episode", leave=False) as bar:
-                    episodes = evaluate(policy, tasks, now, embed, lambda turns, done: bar.update(done - bar.n))
-                rows.append(measure(f"{label} {size} {variant}".strip(), episodes, now, time.perf_counter() - started))
+                started, name = time.perf_counter(), f"{label} {size} {variant}".strip()
+                episodes = play(name, make_policy, now, extra["trace"] or now.eval_tasks, count, embed)
+                rows.append(measure(name, episodes, now, time.perf_counter() - started))
                 whole = rows[-1] if variant in ("", "all on") else whole
                 if extra["ablate"]:
                     rows[-1]["lost"] = whole["em"] - rows[-1]["em"]
-                if extra["trace"] > 0:
+                if extra["trace"]:
                     print("\n\n".join(trace(episode) for episode in episodes))
     print(table(rows))
     if not (extra["trace"] or extra["gold"]):

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import (AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedTokenizerFast, Qwen3Config,
+                          Qwen3ForCausalLM)
 
 from agent import TAGS, Episode, Response, instruction, observe, render, run_episodes
 from config import BadInput
@@ -29,8 +30,8 @@ class LanguageModel(torch.nn.Module):
         super().__init__()
         if tokenizer.chat_template is None:
             raise BadInput(f"{tokenizer.name_or_path} has no chat template; use an instruction-tuned model")
-        room, need = getattr(model.config, "max_position_embeddings", None), config.max_prompt_tokens + config.max_response_tokens
-        if room and need > room:
+        room = getattr(model.config, "max_position_embeddings", None)
+        if room and config.max_prompt_tokens + config.max_response_tokens > room:
             raise BadInput(f"--max_prompt_tokens {config.max_prompt_tokens} and --max_response_tokens "
                            f"{config.max_response_tokens} do not fit the model's context of {room} tokens")
         self.model, self.tokenizer, self.config = model, tokenizer, config

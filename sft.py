@@ -297,9 +297,9 @@ def main():
                 sure += (logprobs > math.log(0.5)).sum().item()
             norm = clip_and_step(accelerator, wrapped, optimizers, config.max_grad_norm)
             bad_steps = count_bad_steps(bad_steps, [norm])
-            seconds = time.perf_counter() - started
+            seconds, trained_on = time.perf_counter() - started, sum(len(prompt) + len(response) for prompt, response in batch)
             metrics = {"loss": loss_sum / tokens, "sure": sure / tokens, "lr": lr, "grad_norm": norm, "bad_steps": bad_steps,
-                       "seconds": seconds, "tokens_per_second": sum(len(prompt) + len(response) for prompt, response in batch) / seconds}
+                       "seconds": seconds, "tokens_per_second": trained_on / seconds}
             if step == config.sft_steps:
                 metrics["held_out_em"] = mean_reward(evaluate(policy, held_out, config, embed))
             run.log(step, metrics)

@@ -248,7 +248,7 @@ class QATasks:
                              f"{gold}): raise it, or lower --questions")
 
     def __call__(self, index):
-        """Task number `index`. Its questions, distractors and order of documents hang on the index, and in training on the seed."""
+        """Task number `index`: its questions, distractors and order hang on the index, and in training on the seed."""
         rng = random.Random(f"{self.config.task} {self.split} {self.config.seed if self.split == 'train' else ''} {index}")
         number = self.config.questions or (1 if rng.random() < 0.5 else rng.randint(2, 10))
         examples = rng.sample(self.examples, number)
