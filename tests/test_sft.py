@@ -1,8 +1,4 @@
-import json
-import subprocess
-import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
 from conftest import DATA
@@ -95,15 +91,3 @@ def test_gold_demonstrations(task, file, tiny, embed):
             if "<answer>" in turn.response.text:
                 shown = {entry.text for entry in turn.observation.entries}
                 assert {": ".join(support) for support in episode.task.questions[0].support} <= shown
-
-
-@pytest.mark.slow
-def test_it_learns(tmp_path):
-    """Bug: everything runs, and nothing is learned. A few minutes: SFT reaches a beginner's score, and GRPO improves it."""
-    root = Path(__file__).parent.parent
-    settings = "--questions 1 --easy_share 0.9 --sft_steps 500 --demonstrations 3000 --cpu".split()
-    subprocess.run([sys.executable, root / "sft.py", *settings], cwd=tmp_path, check=True)
-    subprocess.run([sys.executable, root / "grpo.py", "--grpo_steps", "30"], cwd=tmp_path, check=True)
-    rewards = [json.loads(line)["reward"] for line in (tmp_path / "runs/town/grpo/metrics.jsonl").read_text().splitlines()]
-    first, last = sum(rewards[:5]) / 5, sum(rewards[-5:]) / 5
-    assert first > 0.2 and last > first + 0.1, rewards
