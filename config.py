@@ -7,7 +7,6 @@
 Later wins: field defaults < preset < saved run < flags.
 """
 
-import argparse
 import dataclasses
 import json
 import shutil

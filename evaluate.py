@@ -178,9 +178,8 @@ def main():
                 started, name = time.perf_counter(), f"{label} {size} {variant}".strip()
                 episodes = play(name, make_policy, now, extra["trace"] or now.eval_tasks, count, embed)
                 rows.append(measure(name, episodes, now, time.perf_counter() - started))
-                whole = rows[-1] if variant in ("", "all on") else whole
-                if extra["ablate"]:
-                    rows[-1]["lost"] = whole["em"] - rows[-1]["em"]
+                if extra["ablate"]:  # against "all on", the first of this policy's rows
+                    rows[-1]["lost"] = rows[-1 - list(ABLATIONS).index(variant)]["em"] - rows[-1]["em"]
                 if extra["trace"]:
                     print("\n\n".join(trace(episode) for episode in episodes))
     print(table(rows))

@@ -5,7 +5,7 @@ import time
 import pytest
 from conftest import Scripted, make_task
 
-from agent import TAGS, Operation, instruction, parse, render, run_episodes, unbox
+from agent import TAGS, instruction, parse, render, run_episodes, unbox
 from config import OPERATIONS, Config
 from tasks import exact_match
 
