@@ -62,14 +62,14 @@ class Config:
     sample_rows: int = setting(256, "prompts decoded together")
     # --- training, both stages -----------------------------------------------------------------
     optimizer: str = setting("muon", "'muon' (matrices; AdamW for the rest) or 'adamw'")
-    micro_batch_tokens: int = setting(16384, "most tokens, padding included, in one forward and backward pass")
+    micro_batch_tokens: int = setting(2048, "most tokens, padding included, in one forward and backward pass")
     max_grad_norm: float = setting(1.0, "gradients are clipped to this norm")
     seed: int = setting(42, "seed of everything random (paper: 42)")
     # --- sft.py --------------------------------------------------------------------------------
     demonstrations: int = setting(10000, "demonstrated episodes, before the filter")
     keep_score: float = setting(0.5, "demonstrations with a lower task score are dropped (paper: 0.5)")
     easy_share: float = setting(0.4, "town: share of the SFT steps, the first, on stories without two-hop questions")
-    sft_steps: int = setting(2000, "optimiser steps (paper: 3 epochs)")
+    sft_steps: int = setting(2500, "optimiser steps (paper: 3 epochs)")
     sft_batch: int = setting(64, "turns per optimiser step")
     sft_lr: float = setting(5e-3, "peak learning rate: warm-up over a tenth of the steps, linear to 0 over the last 60 %")
     # --- grpo.py -------------------------------------------------------------------------------
@@ -154,14 +154,15 @@ PRESETS = {
     "town": {},
     "qa": dict(questions=0, documents=50, chunk_tokens=384, top_k=6, max_prompt_tokens=1536, max_response_tokens=192,
                demonstrations=200, sft_steps=300, sft_batch=16, sft_lr=3e-3, grpo_steps=20, tasks_per_step=2, group_size=4,
-               grpo_lr=3e-4, sample_rows=64, eval_tasks=50),
+               grpo_lr=3e-4, sample_rows=64, eval_tasks=50, micro_batch_tokens=4096),
     "pretrained": dict(questions=0, documents=50, chunk_tokens=2048, top_k=6, max_prompt_tokens=8192, max_response_tokens=1024,
                        optimizer="adamw", demonstrations=400, sft_steps=100, sft_batch=16, sft_lr=1e-5, grpo_steps=100,
-                       grpo_lr=1e-6, grpo_decay=0.0, warmup_steps=20, sample_rows=64, eval_tasks=50, eval_temperature=0.7),
+                       grpo_lr=1e-6, grpo_decay=0.0, warmup_steps=20, sample_rows=64, eval_tasks=50, eval_temperature=0.7,
+                       micro_batch_tokens=16384),
     "paper": dict(task="hotpotqa", model="Qwen/Qwen3-8B", embedder="Qwen/Qwen3-Embedding-0.6B", questions=0, documents=200,
                   chunk_tokens=4096, top_k=6, max_prompt_tokens=16384, max_response_tokens=4096, optimizer="adamw",
                   sft_lr=1e-5, tasks_per_step=16, group_size=16, grpo_lr=1e-6, grpo_decay=0.0, warmup_steps=20,
-                  eval_temperature=0.7, sample_rows=64),
+                  eval_temperature=0.7, sample_rows=64, micro_batch_tokens=16384),
 }
 
 

@@ -25,7 +25,7 @@ from config import BadInput, Run, parse_args
 from memory import load_embedder
 from policy import (check_prompts, clip_and_step, count_bad_steps, evaluate, make_optimizers, micro_batches, open_policy,
                     schedule, set_lr)
-from tasks import load_tasks, scorer
+from tasks import load_tasks, scorer, sentence
 
 # --- the town's demonstrator ---------------------------------------------------------------------------------------
 
@@ -50,10 +50,6 @@ def facts_in(text):
                 value = match.groupdict().get("value", "" if kind == "market" else None)
                 found.append((kind, match["name"], value))
     return found
-
-
-def sentence(kind, name, value):
-    return (town.RETRACTION if value is None else town.SENTENCES[kind]).format(name=name, value=value)
 
 
 class Demonstrator:

@@ -65,6 +65,11 @@ QUESTIONS = {
 SENTENCES_PER_STORY, SENTENCES_PER_CHUNK = 14, 2
 
 
+def sentence(kind, name, value):
+    """The town's sentence, without its full stop. value: None for a retraction, "" for an event."""
+    return (RETRACTION if value is None else SENTENCES[kind]).format(name=name, value=value)
+
+
 def versions(rng, values, most):
     """1 to `most` values in a row, neighbours different."""
     picked = [rng.choice(values)]
@@ -86,19 +91,16 @@ def town_task(index, split, config, hops=True):
     tracks, answers = [], {}  # a track: sentences whose order matters
 
     def tell(kind, name, values):
-        tracks.append([SENTENCES[kind].format(name=name, value=value) for value in values])
+        tracks.append([sentence(kind, name, value) for value in values])
         return values[-1]
 
     for kind in ("home", "job"):
         if kind in kinds:
             answers[kind] = tell(kind, name, versions(rng, VALUES[kind], 4))
     if "pet" in kinds:
-        answers["pet"] = tell("pet", name, versions(rng, VALUES["pet"], 3))
-        retracted = rng.randrange(2 * len(tracks[-1]))  # which pet is given away again before the next; often none
-        if retracted < len(tracks[-1]):
-            tracks[-1].insert(retracted + 1, RETRACTION.format(name=name))
-            if retracted + 2 == len(tracks[-1]):
-                answers["pet"] = "none"
+        pets = versions(rng, VALUES["pet"], 3)
+        pets = [one for pet in pets for one in ((pet, None) if rng.random() < 0.5 else (pet,))]  # half of them are given away
+        answers["pet"] = tell("pet", name, pets) or "none"
     if "market" in kinds:
         visits = rng.randint(1, 6)
         tell("market", name, [""] * visits)
@@ -116,7 +118,7 @@ def town_task(index, split, config, hops=True):
     while sum(map(len, tracks)) < SENTENCES_PER_STORY * config.length:
         kind, who = rng.choice([*SENTENCES, "retraction"]), rng.choice(others)
         if kind == "retraction":
-            tracks.append([RETRACTION.format(name=who)])
+            tell("pet", who, [None])
         else:
             tell(kind, who, [rng.choice([value for value in VALUES.get(kind, [""]) if value not in (name, who)])])
     order = [number for number, track in enumerate(tracks) for _ in track]
@@ -129,9 +131,9 @@ def town_task(index, split, config, hops=True):
 
 def town_texts():
     """Texts that hold every word of the town's stories, questions and prompts: the word-level tokenizer's vocabulary."""
-    words = [SENTENCES[kind].format(name=name, value=value) for kind in SENTENCES for name in NAMES
-             for value in VALUES.get(kind, [""])]
-    return words + [RETRACTION + "."] + list(QUESTIONS.values()) + [str(number) for number in range(100)] + [
+    facts = [sentence(kind, name, value) for kind in SENTENCES for name in NAMES for value in VALUES.get(kind, [""])]
+    asked = [question.format(name=NAMES[0]) for question in QUESTIONS.values()]
+    return facts + asked + [sentence("pet", NAMES[0], None) + "."] + [str(number) for number in range(100)] + [
         "none", "market", "Questions: Question: Scratchpad: Query: Text: #"]
 
 
