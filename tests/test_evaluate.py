@@ -1,8 +1,9 @@
 import pytest
-from conftest import Scripted, make_task
+from conftest import DATA, Scripted, make_task
 
 import evaluate
 from agent import run_episodes
+from config import PRESETS, Config
 from tasks import exact_match
 
 
@@ -32,3 +33,13 @@ def test_the_trace_replays_the_memory(config, embed):
     text = evaluate.trace(episode)
     assert "memory: #0 Anna has a dog | #1 Ben" in text and "not executed, delete" in text
     assert "answer: Ben  gold: Ben  score: 1" in text
+
+
+@pytest.mark.parametrize("task, file", [("2wikimultihopqa", "2wikimultihopqa.json"), ("musique", "musique.jsonl")])
+def test_qa_sets_are_evaluated(task, file, embed):
+    """Bug: a set is scored by another set's rules, or only HotpotQA's files get through evaluate.py."""
+    config = Config(**PRESETS["qa"] | dict(task=task, data=str(DATA / file), documents=20, questions=1))
+    count, [(label, make_policy)] = evaluate.policies(config, gold=True, runs=[], device="cpu")
+    episodes = evaluate.play(label, make_policy, config, 20, count, embed)
+    row = evaluate.measure(label, episodes, config, 1.0)
+    assert row["questions"] == 20 and row["em"] > 50 and row["f1"] >= row["em"] and row["invalid"] == 0

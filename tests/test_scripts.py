@@ -31,9 +31,10 @@ def check_runs(folder, name):
         assert len(lines) == steps and json.loads((run / "config.json").read_text())["name"] == name
         AutoModelForCausalLM.from_pretrained(run / "model"), AutoTokenizer.from_pretrained(run / "model")
     metrics = "reward em create read update delete scratchpad turns tokens dead_groups truncated invalid tokens_per_second held_out_em"
-    if lines[-1]["dead_groups"] < 1:  # so bad a policy may win nothing at all, and then there is no update
-        metrics += " loss grad_norm entropy ratio gap clipped kl"
     assert set(metrics.split()) <= set(lines[-1])
+    of_updates = set("loss grad_norm entropy ratio gap clipped kl".split())
+    for line in lines:  # so bad a policy may win nothing at all, and then there is no update
+        assert of_updates & set(line) == (set() if line["dead_groups"] == 1 else of_updates)
 
 
 def test_the_town_end_to_end(tmp_path):
