@@ -33,7 +33,7 @@ from agent import mean_reward, run_episodes, summarize
 from config import BadInput, Config, Run, parse_args, trained_model
 from memory import load_embedder
 from policy import (check_prompts, clip_and_step, count_bad_steps, evaluate, make_optimizers, micro_batches, open_policy,
-                    schedule, set_lr)
+                    scale_lr, schedule)
 from tasks import load_tasks, scorer
 
 
@@ -164,8 +164,8 @@ def main():
             rows, tokens = training_rows(episodes, advantages.flatten().tolist(), all_rows=config.kl > 0)
             if config.updates_per_rollout > 1:
                 rows = with_old(policy, rows, config)
-            lr = config.grpo_lr * schedule(step, config.grpo_steps, config.warmup_steps, config.grpo_decay)
-            set_lr(optimizers, lr)
+            factor = schedule(step, config.grpo_steps, config.warmup_steps, config.grpo_decay)
+            scale_lr(optimizers, factor)
             updates = [update(wrapped, reference, rows, tokens, optimizers, accelerator, config)
                        for _ in range(config.updates_per_rollout if rows else 0)]
             bad_steps = count_bad_steps(bad_steps, [one["grad_norm"] for one in updates])
@@ -173,7 +173,7 @@ def main():
             metrics = {"reward": rewards.mean(), "dead_groups": (advantages == 0).all(1).float().mean(), **summarize(episodes)}
             for one in reversed(updates):  # of several updates, the first tells of the sampler's and the trainer's agreement
                 metrics |= one
-            metrics |= {"lr": lr, "bad_steps": bad_steps, "rollout_seconds": rollout_seconds, "seconds": seconds,
+            metrics |= {"lr": factor * config.grpo_lr, "bad_steps": bad_steps, "rollout_seconds": rollout_seconds, "seconds": seconds,
                         "tokens_per_second": sum(len(row[0]) + len(row[1]) for row in rows) / seconds}
             if step % config.save_every == 0 or step == config.grpo_steps:
                 policy.save(run.folder / "model")

@@ -193,15 +193,21 @@ def open_policy(name, config):
 
 
 def create_tiny(tokenizer, config):
-    """A Qwen3 with random weights. Heads of 64 dimensions: Qwen3's QK-norm caps how sharp smaller ones can attend."""
+    """A Qwen3 with random weights, made so that a small one learns.
+
+    Heads of 64 dimensions: Qwen3's QK-norm caps how sharp smaller ones can attend. Matrices of variance 1 / width, since
+    transformers' 0.02 is meant for widths in the thousands. Embeddings of variance 1, which a tied head would not bear: names
+    that start out almost equal, and then share most of their gradients, are told apart late.
+    """
     torch.manual_seed(config.seed)
     model = Qwen3ForCausalLM(Qwen3Config(
         vocab_size=len(tokenizer), hidden_size=config.hidden_size, num_hidden_layers=config.layers,
         num_attention_heads=config.heads, num_key_value_heads=config.heads, head_dim=64,
-        intermediate_size=2 * config.hidden_size, tie_word_embeddings=True,
+        intermediate_size=2 * config.hidden_size, initializer_range=config.hidden_size**-0.5, tie_word_embeddings=False,
         rope_parameters={"rope_type": "default", "rope_theta": float(config.max_prompt_tokens)},  # short texts, fast turns
         max_position_embeddings=config.max_prompt_tokens + config.max_response_tokens,
         bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
+    torch.nn.init.normal_(model.get_input_embeddings().weight)
     return LanguageModel(model, tokenizer, config)
 
 
@@ -234,24 +240,25 @@ def train_tokenizer(texts, config, word_level):
 def make_optimizers(policy, lr, kind):
     """Optimisers that together cover all parameters, on fp32 master weights.
 
-    'muon': torch's Muon for the matrices inside the blocks, with updates scaled to AdamW's size so that one learning rate
-    serves both; AdamW for embeddings, head and norms. 'adamw': AdamW alone. No weight decay.
+    'muon': torch's Muon for the matrices inside the blocks, with updates scaled to AdamW's size; AdamW for embeddings, head and
+    norms, at 0.3 of the learning rate. 'adamw': AdamW alone. No weight decay.
     """
     embeddings = {id(module.weight) for module in policy.modules() if isinstance(module, torch.nn.Embedding)}
     embeddings.add(id(policy.model.get_output_embeddings().weight))
     matrices = [p for p in policy.parameters() if p.ndim == 2 and id(p) not in embeddings] if kind == "muon" else []
     chosen = {id(p) for p in matrices}
     others = [p for p in policy.parameters() if id(p) not in chosen]
-    optimizers = [torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)]
+    optimizers = [torch.optim.AdamW(others, lr=0.3 * lr if matrices else lr, betas=(0.9, 0.95), weight_decay=0.0)]
     if matrices:
         optimizers.append(torch.optim.Muon(matrices, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
     return optimizers
 
 
-def set_lr(optimizers, lr):
+def scale_lr(optimizers, factor):
+    """Set the learning rates to `factor` times those of make_optimizers."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = factor * group.setdefault("initial_lr", group["lr"])
 
 
 def schedule(step, steps, warmup, decay):

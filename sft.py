@@ -24,7 +24,7 @@ from agent import TAGS, Response, mean_reward, run_episodes
 from config import BadInput, Run, parse_args
 from memory import load_embedder
 from policy import (check_prompts, clip_and_step, count_bad_steps, evaluate, make_optimizers, micro_batches, open_policy,
-                    schedule, set_lr)
+                    scale_lr, schedule)
 from tasks import load_tasks, scorer, sentence
 
 # --- the town's demonstrator ---------------------------------------------------------------------------------------
@@ -283,8 +283,8 @@ def main():
     try:
         for step, batch in enumerate(tqdm(batches(taught, config), "sft", config.sft_steps, disable=None, unit="step"), start=1):
             started = time.perf_counter()
-            lr = config.sft_lr * schedule(step, config.sft_steps, warmup=config.sft_steps // 10, decay=0.6)
-            set_lr(optimizers, lr)
+            factor = schedule(step, config.sft_steps, warmup=config.sft_steps // 10, decay=0.6)
+            scale_lr(optimizers, factor)
             tokens, loss_sum, sure = sum(len(response) for _, response in batch), 0.0, 0
             for rows in micro_batches(batch, config.micro_batch_tokens):
                 logprobs, _ = wrapped(rows)  # (N,)
@@ -294,8 +294,8 @@ def main():
             norm = clip_and_step(accelerator, wrapped, optimizers, config.max_grad_norm)
             bad_steps = count_bad_steps(bad_steps, [norm])
             seconds, trained_on = time.perf_counter() - started, sum(len(prompt) + len(response) for prompt, response in batch)
-            metrics = {"loss": loss_sum / tokens, "sure": sure / tokens, "lr": lr, "grad_norm": norm, "bad_steps": bad_steps,
-                       "seconds": seconds, "tokens_per_second": trained_on / seconds}
+            metrics = {"loss": loss_sum / tokens, "sure": sure / tokens, "lr": factor * config.sft_lr, "grad_norm": norm,
+                       "bad_steps": bad_steps, "seconds": seconds, "tokens_per_second": trained_on / seconds}
             if step == config.sft_steps:
                 metrics["held_out_em"] = mean_reward(evaluate(policy, held_out, config, embed))
             run.log(step, metrics)
