@@ -65,7 +65,8 @@ def table(rows):
     lines = [head, f"{'':73}{'per question':>15}   operations per response"]
     for row in rows:
         lines.append(f"{row['label']:28}{row['em']:6.1f}  [{row['low']:5.1f}, {row['high']:5.1f}]{row['f1']:6.1f}"
-                     f"{row['questions']:11d}{row['turns']:7.1f}{row['tokens']:8.1f}   " + " ".join(f"{row[kind]:10.3f}" for kind in rates)
+                     f"{row['questions']:11d}{row['turns']:7.1f}{row['tokens']:8.1f}   "
+                     + " ".join(f"{row[kind]:10.3f}" for kind in rates)
                      + f"{row['invalid']:9.3f}{row['truncated']:6.3f}" + (f"{row['lost']:9.1f}" if lost else ""))
     return "\n".join(lines)
 

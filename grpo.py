@@ -173,8 +173,8 @@ def main():
             metrics = {"reward": rewards.mean(), "dead_groups": (advantages == 0).all(1).float().mean(), **summarize(episodes)}
             for one in reversed(updates):  # of several updates, the first tells of the sampler's and the trainer's agreement
                 metrics |= one
-            metrics |= {"lr": factor * config.grpo_lr, "bad_steps": bad_steps, "rollout_seconds": rollout_seconds, "seconds": seconds,
-                        "tokens_per_second": sum(len(row[0]) + len(row[1]) for row in rows) / seconds}
+            metrics |= {"lr": factor * config.grpo_lr, "bad_steps": bad_steps, "rollout_seconds": rollout_seconds,
+                        "seconds": seconds, "tokens_per_second": sum(len(row[0]) + len(row[1]) for row in rows) / seconds}
             if step % config.save_every == 0 or step == config.grpo_steps:
                 policy.save(run.folder / "model")
                 metrics["held_out_em"] = mean_reward(evaluate(policy, held_out, config, embed))

@@ -44,9 +44,9 @@ WORKFLOWS = {
 def facts_in(text):
     """[(kind, name, value)] of the town's sentences in `text`; value is None for a retraction, "" for an event."""
     found = []
-    for sentence in text.split("."):
+    for part in text.split("."):
         for kind, pattern in PATTERNS:
-            if match := pattern.fullmatch(sentence.strip()):
+            if match := pattern.fullmatch(part.strip()):
                 value = match.groupdict().get("value", "" if kind == "market" else None)
                 found.append((kind, match["name"], value))
     return found
