@@ -3,23 +3,24 @@
     python sft.py --seed 1 --questions 2        any field is a flag; an unknown flag is an error
     python sft.py --preset paper --data F ...   start from the paper's settings instead of the town's
     python grpo.py --from runs/town/sft         start from the settings saved in a run folder
+    python grpo.py --resume runs/town/grpo      go on with a run that was stopped, from its newest checkpoint
 
 Later wins: field defaults < preset < saved run < flags.
 """
 
 import dataclasses
 import json
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from accelerate import Accelerator
-from accelerate.utils import set_seed
-from tqdm import tqdm
 from transformers import HfArgumentParser
 
 TASKS = ("town", "hotpotqa", "2wikimultihopqa", "musique")
 OPERATIONS = ("create", "read", "update", "delete", "scratchpad")
+# What may differ when a run is resumed: its length (with it the learning-rate schedule), its logging, its device.
+MAY_CHANGE = ("sft_steps", "grpo_steps", "save_every", "log_with", "cpu")
+# For parse_args' `extra` in the two trainers.
+RESUME = ("--resume", dict(metavar="RUN", help="go on with this run, from its newest checkpoint"))
 
 
 class BadInput(SystemExit, ValueError):
@@ -142,10 +143,9 @@ class Config:
         """The run folder of `stage`, 'sft' or 'grpo'."""
         return Path("runs") / self.name / stage
 
-    def save(self, folder):
-        """Write config.json; not `overwrite`, which was meant for one run and must not carry over to the next stage."""
-        values = {name: value for name, value in dataclasses.asdict(self).items() if name != "overwrite"}
-        (Path(folder) / "config.json").write_text(json.dumps(values, indent=1) + "\n")
+    def json(self):
+        """What config.json holds; not `overwrite`, which was meant for one run and must not carry over to the next stage."""
+        return json.dumps({name: value for name, value in dataclasses.asdict(self).items() if name != "overwrite"}, indent=1) + "\n"
 
 
 # What differs from the defaults above. 'town' is those defaults; 'qa' is a tiny model on a QA file; 'pretrained' is any
@@ -183,7 +183,10 @@ def parse_args(description, default_run=None, extra=()):
         parser.add_argument(name, **keywords)
     try:
         first = parser.parse_args()
-        start, preset = first.start, first.preset
+        resume = getattr(first, "resume", None)
+        start, preset = resume or first.start, first.preset
+        if resume and (first.start or preset or first.overwrite):
+            raise BadInput("--resume goes on as the run began: it goes with no --from, --preset or --overwrite")
         if default_run and not (start or preset) and (default_run(first.name or first.task) / "config.json").is_file():
             start = default_run(first.name or first.task)
         if not (start or preset) and (first.model or first.task != "town"):
@@ -192,6 +195,10 @@ def parse_args(description, default_run=None, extra=()):
         values = vars(parser.parse_args())  # again, now that the defaults are known
         names = [field.name for field in dataclasses.fields(Config)]
         config = Config(**{name: values[name] for name in names})
+        if resume and (changed := [name for name, value in load_settings(resume).items()
+                                   if getattr(config, name) != value and name not in MAY_CHANGE]):
+            raise BadInput(f"--resume {resume}: that run began with another --{', --'.join(changed)}; only --"
+                           f"{', --'.join(MAY_CHANGE)} may change")
     except BadInput as error:
         parser.error(str(error))
     return config, {name: value for name, value in values.items() if name not in names}
@@ -208,48 +215,3 @@ def load_settings(run):
     if unknown:
         raise BadInput(f"{path} has settings that this version does not know: {', '.join(sorted(unknown))}")
     return values
-
-
-def trained_model(config, stage):
-    """The model folder of config's run of that stage; None if there is none, or if --model names another base model."""
-    folder = config.folder(stage)
-    return folder / "model" if (folder / "model").is_dir() and load_settings(folder)["model"] == config.model else None
-
-
-class Run:
-    """A run folder, runs/<name>/<stage>: config.json, metrics.jsonl (one line a step), model/ (for AutoModelForCausalLM)."""
-
-    def __init__(self, config, stage):
-        self.config, self.folder = config, config.folder(stage)
-        if (self.folder / "metrics.jsonl").exists() and not config.overwrite:
-            raise BadInput(f"{self.folder} already holds a run: choose another --name, or replace it with --overwrite")
-        try:
-            self.accelerator = Accelerator(cpu=config.cpu, log_with=config.log_with or None, project_dir=self.folder)
-        except ValueError as error:
-            raise BadInput(f"--log_with {config.log_with}: {error}") from error
-        if config.log_with and not self.accelerator.log_with:
-            raise BadInput(f"--log_with {config.log_with}: that tracker is not installed")
-        if self.accelerator.num_processes > 1:
-            raise BadInput("this version trains in one process only: start it with python, not with accelerate launch")
-        set_seed(config.seed)
-
-    def create(self):
-        """Make the folder. Called when all that can fail on bad input has been done, so that nothing half-made is left."""
-        shutil.rmtree(self.folder, ignore_errors=True)  # there is something only with --overwrite
-        self.folder.mkdir(parents=True)
-        self.config.save(self.folder)
-        (self.folder / "metrics.jsonl").touch()
-        if self.config.log_with:
-            self.accelerator.init_trackers("atommem")
-
-    def log(self, step, metrics):
-        """Append the step's metrics to metrics.jsonl, print them on one line, and pass them to the tracker."""
-        metrics = {name: round(float(value), 6) for name, value in metrics.items()}
-        with open(self.folder / "metrics.jsonl", "a") as file:
-            file.write(json.dumps({"step": step, **metrics}) + "\n")
-        tqdm.write("  ".join([f"step {step}", *(f"{name} {value:.4g}" for name, value in metrics.items())]))
-        self.accelerator.log(metrics, step=step)
-
-    def finish(self):
-        """Let the tracker write what it still holds."""
-        self.accelerator.end_training()

@@ -23,9 +23,10 @@ from accelerate.utils import set_seed
 from tqdm import tqdm
 
 from agent import TAGS, render, summarize
-from config import BadInput, Config, parse_args, trained_model
+from config import BadInput, Config, parse_args
 from memory import load_embedder
 from policy import evaluate, open_policy
+from run import trained_model
 from sft import GoldDemonstrator, TownDemonstrator
 from tasks import f1, load_tasks
 

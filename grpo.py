@@ -22,18 +22,17 @@ unless the KL term needs them.
 With one update per rollout pi_old is pi itself: rho is 1, but its gradient is not 0.
 """
 
-import copy
 import time
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from agent import mean_reward, run_episodes, summarize
-from config import BadInput, Config, Run, parse_args, trained_model
+from config import RESUME, BadInput, Config, parse_args
 from memory import load_embedder
 from policy import (check_prompts, clip_and_step, count_bad_steps, evaluate, make_optimizers, micro_batches, open_policy,
                     scale_lr, schedule)
+from run import Run, trained_model
 from tasks import load_tasks, scorer
 
 
@@ -139,52 +138,50 @@ def find_start(config, start):
 
 
 def main():
-    config, extra = parse_args("GRPO from an SFT policy.", default_run=lambda name: Config(name=name).folder("sft"))
-    run = Run(config, "grpo")
+    config, extra = parse_args("GRPO from an SFT policy.", extra=[RESUME],
+                               default_run=lambda name: Config(name=name).folder("sft"))
+    run = Run(config, "grpo", extra["resume"])
     accelerator = run.accelerator
-    policy = open_policy(find_start(config, extra["start"]), config).to(accelerator.device)
-    reference = copy.deepcopy(policy).requires_grad_(False) if config.kl else None
+    policy = open_policy(str(run.checkpoint or find_start(config, extra["start"])), config).to(accelerator.device)
+    reference = None
+    if config.kl:
+        reference = open_policy(find_start(config, extra["start"]), config).to(accelerator.device).requires_grad_(False)
     embed = load_embedder(config.embedder, accelerator.device)
     stream, dev = load_tasks(config, "train", policy.count), load_tasks(config, "dev", policy.count)
     held_out = [dev(index) for index in range(min(100, config.eval_tasks))]
     check_prompts(policy, held_out, config)
     optimizers = [accelerator.prepare(optimizer) for optimizer in make_optimizers(policy, config.grpo_lr, config.optimizer)]
-    wrapped, bad_steps = accelerator.prepare(policy), 0
-    run.create()
-    try:
-        for step in tqdm(range(1, config.grpo_steps + 1), "grpo", disable=None, unit="step"):
-            started = time.perf_counter()
-            first = config.demonstrations + (step - 1) * config.tasks_per_step  # tasks that SFT has not seen
-            tasks = [stream(index) for index in range(first, first + config.tasks_per_step)]
-            tasks = [task for task in tasks for _ in range(config.group_size)]
-            episodes = run_episodes(tasks, policy, config, embed, scorer(config))
-            rollout_seconds = time.perf_counter() - started
-            rewards = torch.tensor([episode.reward for episode in episodes]).view(-1, config.group_size)
-            advantages = group_advantages(rewards)
-            rows, tokens = training_rows(episodes, advantages.flatten().tolist(), all_rows=config.kl > 0)
-            if config.updates_per_rollout > 1:
-                rows = with_old(policy, rows, config)
-            factor = schedule(step, config.grpo_steps, config.warmup_steps, config.grpo_decay)
-            scale_lr(optimizers, factor)
-            updates = [update(wrapped, reference, rows, tokens, optimizers, accelerator, config)
-                       for _ in range(config.updates_per_rollout if rows else 0)]
-            bad_steps = count_bad_steps(bad_steps, [one["grad_norm"] for one in updates])
-            seconds = time.perf_counter() - started
-            metrics = {"reward": rewards.mean(), "dead_groups": (advantages == 0).all(1).float().mean(), **summarize(episodes)}
-            for one in reversed(updates):  # of several updates, the first tells of the sampler's and the trainer's agreement
-                metrics |= one
-            metrics |= {"lr": factor * config.grpo_lr, "bad_steps": bad_steps, "rollout_seconds": rollout_seconds,
-                        "seconds": seconds, "tokens_per_second": sum(len(row[0]) + len(row[1]) for row in rows) / seconds}
-            if step % config.save_every == 0 or step == config.grpo_steps:
-                policy.save(run.folder / "model")
-                metrics["held_out_em"] = mean_reward(evaluate(policy, held_out, config, embed))
-            run.log(step, metrics)
-    except KeyboardInterrupt:
-        print("stopped by hand; the policy so far is saved")
-    finally:
-        policy.save(run.folder / "model")
-        run.finish()
-    print(f"saved in {run.folder}; next: python evaluate.py --name {config.name}")
+    wrapped = accelerator.prepare(policy)
+    run.begin()
+    for step in run.steps(config.grpo_steps):
+        started = time.perf_counter()
+        first = config.demonstrations + (step - 1) * config.tasks_per_step  # tasks that SFT has not seen
+        tasks = [stream(index) for index in range(first, first + config.tasks_per_step)]
+        tasks = [task for task in tasks for _ in range(config.group_size)]
+        episodes = run_episodes(tasks, policy, config, embed, scorer(config))
+        rollout_seconds = time.perf_counter() - started
+        rewards = torch.tensor([episode.reward for episode in episodes]).view(-1, config.group_size)
+        advantages = group_advantages(rewards)
+        rows, tokens = training_rows(episodes, advantages.flatten().tolist(), all_rows=config.kl > 0)
+        if config.updates_per_rollout > 1:
+            rows = with_old(policy, rows, config)
+        factor = schedule(step, config.grpo_steps, config.warmup_steps, config.grpo_decay)
+        scale_lr(optimizers, factor)
+        updates = [update(wrapped, reference, rows, tokens, optimizers, accelerator, config)
+                   for _ in range(config.updates_per_rollout if rows else 0)]
+        bad_steps = count_bad_steps(run.metrics.get("bad_steps", 0), [one["grad_norm"] for one in updates])
+        seconds = time.perf_counter() - started
+        metrics = {"reward": rewards.mean(), "dead_groups": (advantages == 0).all(1).float().mean(), **summarize(episodes)}
+        for one in reversed(updates):  # of several updates, the first tells of the sampler's and the trainer's agreement
+            metrics |= one
+        metrics |= {"lr": factor * config.grpo_lr, "bad_steps": bad_steps, "rollout_seconds": rollout_seconds,
+                    "seconds": seconds, "tokens_per_second": sum(len(row[0]) + len(row[1]) for row in rows) / seconds}
+        if step % config.save_every == 0 or step == config.grpo_steps:
+            metrics["held_out_em"] = mean_reward(evaluate(policy, held_out, config, embed))
+        run.log(metrics)
+        if step % config.save_every == 0:
+            run.save(policy)
+    run.finish(policy, config.grpo_steps, f"python evaluate.py --name {config.name}")
 
 
 if __name__ == "__main__":

@@ -4,8 +4,6 @@ Letters: B rows, P longest prompt, T longest prompt + response, N response token
 """
 
 import math
-import shutil
-from pathlib import Path
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -168,16 +166,9 @@ class LanguageModel(torch.nn.Module):
     # --- files ---
 
     def save(self, folder):
-        """Write a folder that AutoModelForCausalLM and AutoTokenizer open; it takes the place of an old one when complete."""
-        part, old = Path(f"{folder}.part"), Path(f"{folder}.old")
-        shutil.rmtree(part, ignore_errors=True)
-        self.model.save_pretrained(part)
-        self.tokenizer.save_pretrained(part)
-        shutil.rmtree(old, ignore_errors=True)
-        if Path(folder).exists():
-            Path(folder).rename(old)
-        part.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
+        """Write a folder that AutoModelForCausalLM and AutoTokenizer open."""
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
 
 
 def open_policy(name, config):
@@ -285,8 +276,8 @@ def count_bad_steps(before, norms):
     """How many steps in a row had a gradient that was not finite, given the number `before` this one. SystemExit at 3."""
     bad = 0 if all(map(math.isfinite, norms)) else before + 1
     if bad == 3:
-        raise SystemExit("the gradient was not finite in 3 steps running, so the run stops; the weights are still those before "
-                         "these steps, and are saved. A lower learning rate may help")
+        raise SystemExit("the gradient was not finite in 3 steps running, so the run stops; such steps leave the weights "
+                         "alone, and the checkpoints are sound. A lower learning rate may help")
     return bad
 
 

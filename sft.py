@@ -12,6 +12,7 @@
        L = - sum_rows sum_t log pi(response_t | prompt, response_<t) / (response tokens of the batch)
 """
 
+import itertools
 import math
 import random
 import re
@@ -21,10 +22,11 @@ from tqdm import tqdm
 
 import tasks as town
 from agent import TAGS, Response, mean_reward, run_episodes
-from config import BadInput, Run, parse_args
+from config import RESUME, BadInput, parse_args
 from memory import load_embedder
 from policy import (check_prompts, clip_and_step, count_bad_steps, evaluate, make_optimizers, micro_batches, open_policy,
                     scale_lr, schedule)
+from run import Run
 from tasks import load_tasks, scorer, sentence
 
 # --- the town's demonstrator ---------------------------------------------------------------------------------------
@@ -260,10 +262,10 @@ def rows_of(episodes, policy):
 
 
 def main():
-    config, _ = parse_args("Supervised fine-tuning on demonstrations.")
-    run = Run(config, "sft")
+    config, extra = parse_args("Supervised fine-tuning on demonstrations.", extra=[RESUME])
+    run = Run(config, "sft", extra["resume"])
     accelerator = run.accelerator
-    policy = open_policy(config.model, config).to(accelerator.device)
+    policy = open_policy(str(run.checkpoint or config.model), config).to(accelerator.device)
     embed = load_embedder(config.embedder, accelerator.device)
     stream, dev, taught = load_tasks(config, "train", policy.count), load_tasks(config, "dev", policy.count), []
     held_out = [dev(index) for index in range(min(100, config.eval_tasks))]
@@ -278,33 +280,29 @@ def main():
               f"{len(kept)} kept, which make {len(taught[-1][1])} rows")
 
     optimizers = [accelerator.prepare(optimizer) for optimizer in make_optimizers(policy, config.sft_lr, config.optimizer)]
-    wrapped, bad_steps = accelerator.prepare(policy), 0
-    run.create()
-    try:
-        for step, batch in enumerate(tqdm(batches(taught, config), "sft", config.sft_steps, disable=None, unit="step"), start=1):
-            started = time.perf_counter()
-            factor = schedule(step, config.sft_steps, warmup=config.sft_steps // 10, decay=0.6)
-            scale_lr(optimizers, factor)
-            tokens, loss_sum, sure = sum(len(response) for _, response in batch), 0.0, 0
-            for rows in micro_batches(batch, config.micro_batch_tokens):
-                logprobs, _ = wrapped(rows)  # (N,)
-                accelerator.backward(-logprobs.sum() / tokens)
-                loss_sum -= logprobs.sum().item()
-                sure += (logprobs > math.log(0.5)).sum().item()
-            norm = clip_and_step(accelerator, wrapped, optimizers, config.max_grad_norm)
-            bad_steps = count_bad_steps(bad_steps, [norm])
-            seconds, trained_on = time.perf_counter() - started, sum(len(prompt) + len(response) for prompt, response in batch)
-            metrics = {"loss": loss_sum / tokens, "sure": sure / tokens, "lr": factor * config.sft_lr, "grad_norm": norm,
-                       "bad_steps": bad_steps, "seconds": seconds, "tokens_per_second": trained_on / seconds}
-            if step == config.sft_steps:
-                metrics["held_out_em"] = mean_reward(evaluate(policy, held_out, config, embed))
-            run.log(step, metrics)
-    except KeyboardInterrupt:
-        print("stopped by hand; the policy so far is saved")
-    finally:
-        policy.save(run.folder / "model")
-        run.finish()
-    print(f"saved in {run.folder}; next: python grpo.py --name {config.name}")
+    wrapped = accelerator.prepare(policy)
+    run.begin()
+    for step, batch in zip(run.steps(config.sft_steps), itertools.islice(batches(taught, config), run.step, None)):
+        started = time.perf_counter()
+        factor = schedule(step, config.sft_steps, warmup=config.sft_steps // 10, decay=0.6)
+        scale_lr(optimizers, factor)
+        tokens, loss_sum, sure = sum(len(response) for _, response in batch), 0.0, 0
+        for rows in micro_batches(batch, config.micro_batch_tokens):
+            logprobs, _ = wrapped(rows)  # (N,)
+            accelerator.backward(-logprobs.sum() / tokens)
+            loss_sum -= logprobs.sum().item()
+            sure += (logprobs > math.log(0.5)).sum().item()
+        norm = clip_and_step(accelerator, wrapped, optimizers, config.max_grad_norm)
+        bad_steps = count_bad_steps(run.metrics.get("bad_steps", 0), [norm])
+        seconds, trained_on = time.perf_counter() - started, sum(len(prompt) + len(response) for prompt, response in batch)
+        metrics = {"loss": loss_sum / tokens, "sure": sure / tokens, "lr": factor * config.sft_lr, "grad_norm": norm,
+                   "bad_steps": bad_steps, "seconds": seconds, "tokens_per_second": trained_on / seconds}
+        if step == config.sft_steps:
+            metrics["held_out_em"] = mean_reward(evaluate(policy, held_out, config, embed))
+        run.log(metrics)
+        if step % config.save_every == 0:
+            run.save(policy)
+    run.finish(policy, config.sft_steps, f"python grpo.py --name {config.name}")
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ def test_contradictions_fail_at_once(settings, complaint):
 
 def test_later_sources_win(monkeypatch, tmp_path):
     """Bug: a preset or a saved run overrides what was typed on the command line."""
-    Config(name="mine", top_k=3, hidden_size=64).save(tmp_path)
+    (tmp_path / "config.json").write_text(Config(name="mine", top_k=3, hidden_size=64).json())
     found = parsed(monkeypatch, "--from", str(tmp_path), "--top_k", "5")
     assert (found.name, found.top_k, found.hidden_size) == ("mine", 5, 64)
     found = parsed(monkeypatch, "--preset", "paper", "--data", "x.json", "--top_k", "5")
@@ -52,7 +52,7 @@ def test_the_presets_are_settings():
 def test_saved_settings_come_back(tmp_path):
     """Bug: a run cannot be repeated from its folder, or a newer version's setting is dropped in silence."""
     saved = Config(disable=["read"], seed=7)
-    saved.save(tmp_path)
+    (tmp_path / "config.json").write_text(saved.json())
     assert Config(**load_settings(tmp_path)) == saved
     (tmp_path / "config.json").write_text(json.dumps({"brightness": 3}))
     with pytest.raises(BadInput, match="brightness"):

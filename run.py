@@ -1,0 +1,170 @@
+"""A run on disk: its folder, its metrics, its checkpoints, and how it is stopped and taken up again.
+
+Whatever moment a run is killed at, its folder can be used: everything is written aside, flushed to the disk, and only then
+renamed. What follows the newest checkpoint is done again on --resume, and comes out the same.
+"""
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from safetensors import SafetensorError
+from tqdm import tqdm
+from transformers.utils import logging
+
+from config import BadInput, load_settings
+
+
+def trained_model(config, stage):
+    """The model folder of config's run of that stage; None if there is none, or if --model names another base model."""
+    folder = config.folder(stage)
+    return folder / "model" if (folder / "model").is_dir() and load_settings(folder)["model"] == config.model else None
+
+
+class Run:
+    """A run folder, runs/<name>/<stage>:
+
+        config.json, metrics.jsonl    the settings; the metrics, one line a step
+        checkpoints/000050/           a folder for AutoModelForCausalLM that holds, besides, all that --resume needs:
+                                      progress.json and accelerate's state/. The newest two are kept, and the best
+        model, best                   links to the newest checkpoint, and to that with the highest held-out EM
+
+    resume: the folder of the run to go on with; None starts a new one. `step` is the number of steps done, `metrics` those of
+    the last one, `checkpoint` the newest checkpoint. BadInput if the folder is taken, or is no run of this stage.
+    """
+
+    def __init__(self, config, stage, resume=None):
+        self.config, self.folder = config, Path(resume or config.folder(stage))
+        self.step, self.metrics, self.best, self.stopping = 0, {}, None, False  # best: (held-out EM, step)
+        if resume and self.folder.resolve().name != stage:
+            raise BadInput(f"--resume {resume}: not the folder of a {stage} run, which ends in /{stage}")
+        above = next(path for path in self.folder.absolute().parents if path.exists())
+        if not (above.is_dir() and os.access(above, os.W_OK)):
+            raise BadInput(f"{self.folder} cannot be made: {above} is not a folder that can be written to")
+        if (self.folder / "metrics.jsonl").exists() and not (config.overwrite or resume):
+            raise BadInput(f"{self.folder} already holds a run: go on with it by --resume {self.folder}, choose another --name, or "
+                           "replace it with --overwrite")
+        try:
+            self.accelerator = Accelerator(cpu=config.cpu, log_with=config.log_with or None, project_dir=self.folder)
+        except ValueError as error:
+            raise BadInput(f"--log_with {config.log_with}: {error}") from error
+        if config.log_with and not self.accelerator.log_with:
+            raise BadInput(f"--log_with {config.log_with}: that tracker is not installed")
+        if self.accelerator.num_processes > 1:
+            raise BadInput("this version trains in one process only: start it with python, not with accelerate launch")
+        set_seed(config.seed)
+        self.checkpoint = self.checkpoints()[-1] if resume and self.checkpoints() else None
+
+    def checkpoints(self):
+        """The folders of the complete checkpoints, oldest first."""
+        return sorted(self.folder.glob("checkpoints/[0-9]*[0-9]"))
+
+    def begin(self):
+        """Make the folder, or take up the checkpoint.
+
+        Called when all that can fail on bad input is done, so that nothing half-made is left, and when model and optimisers are
+        prepared. From here on Ctrl-C and SIGTERM end the run after the step.
+        """
+        lines, path = [], self.folder / "metrics.jsonl"
+        if self.checkpoint:
+            self.accelerator.load_state(self.checkpoint / "state")
+            progress = json.loads((self.checkpoint / "progress.json").read_text())
+            self.step, self.best = progress["step"], progress["best"]
+            lines = path.read_text().splitlines(keepends=True)[: self.step]  # the steps after the checkpoint come again
+            if len(lines) < self.step:
+                raise BadInput(f"{path} ends before step {self.step}, which {self.checkpoint} has: it has been changed")
+            self.metrics = json.loads(lines[-1])
+        else:
+            shutil.rmtree(self.folder, ignore_errors=True)  # of a run with --overwrite, or stopped before its first checkpoint
+            self.folder.mkdir(parents=True)
+        replace_file(self.folder / "config.json", self.config.json())
+        replace_file(path, "".join(lines))
+        if self.config.log_with:
+            self.accelerator.init_trackers("atommem")
+        logging.disable_progress_bar()  # transformers' own, one for every checkpoint
+        self.handlers = {number: signal.signal(number, self.stop) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def stop(self, number, frame):
+        """Signal handler: let the step end. A second signal has its usual effect."""
+        self.stopping = True
+        signal.signal(number, self.handlers[number])
+        tqdm.write("stopping after this step; a second time stops at once")
+
+    def steps(self, total):
+        """The numbers of the steps that are left of `total`, with a progress bar, until a signal comes."""
+        with tqdm(total=total, initial=self.step, desc=self.folder.name, disable=None, unit="step") as bar:
+            while self.step < total and not self.stopping:
+                self.step += 1
+                yield self.step
+                bar.update()
+
+    def log(self, metrics):
+        """Append the step's metrics to metrics.jsonl, print them on one line, and pass them to the tracker."""
+        self.metrics = {"step": self.step} | {name: round(float(value), 6) for name, value in metrics.items()}
+        with open(self.folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(self.metrics) + "\n")
+        tqdm.write("  ".join(f"{name} {value:.4g}" for name, value in self.metrics.items()))
+        self.accelerator.log(metrics, step=self.step)
+
+    def save(self, policy):
+        """Write the checkpoint of this step: whole, on the disk, and only then under its name. SystemExit if that fails."""
+        if (em := self.metrics.get("held_out_em")) is not None and (self.best is None or em > self.best[0]):
+            self.best = [em, self.step]
+        folder, part = self.folder / "checkpoints" / f"{self.step:06d}", self.folder / "checkpoints" / "part"
+        try:
+            shutil.rmtree(part, ignore_errors=True)
+            policy.save(part)
+            self.accelerator.save_state(part / "state")
+            (part / "progress.json").write_text(json.dumps({"step": self.step, "best": self.best}))
+            for path in [self.folder / "metrics.jsonl", *part.rglob("*"), part]:
+                flush(path)
+            part.rename(folder)
+            self.checkpoint = folder
+            replace_link(self.folder / "model", folder)
+            if self.best:
+                replace_link(self.folder / "best", folder.with_name(f"{self.best[1]:06d}"))
+            flush(folder.parent), flush(self.folder)
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own for a full disk
+            raise SystemExit(f"{self.folder}: step {self.step} could not be saved: {error}\nThe checkpoints before it are whole: "
+                             f"make room, and go on with --resume {self.folder}") from error
+        for old in self.checkpoints()[:-2]:
+            if not (self.best and old.name == f"{self.best[1]:06d}"):
+                shutil.rmtree(old)
+
+    def finish(self, policy, total, then):
+        """Save the last step, and say how to go on: by `then` if all the steps are done."""
+        if not self.checkpoint or self.checkpoint.name != f"{self.step:06d}":
+            self.save(policy)
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        self.accelerator.end_training()  # lets the tracker write what it still holds
+        done = self.step >= total
+        print(f"{self.step} steps, saved in {self.folder}; " + (f"next: {then}" if done else
+              f"to go on: python {self.folder.name}.py --resume {self.folder}"))
+
+
+def replace_file(path, text):
+    """Write a text file so that at any moment either the old or the new one is there."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text)
+    flush(part)
+    os.replace(part, path)
+
+
+def replace_link(link, target):
+    """Let the symbolic link, relative to its folder, show `target`; at any moment it shows the old one or the new one."""
+    part = link.with_name(link.name + ".part")
+    part.unlink(missing_ok=True)
+    part.symlink_to(target.relative_to(link.parent))
+    os.replace(part, link)
+
+
+def flush(path):
+    """Make sure that a file, or the names in a folder, are on the disk, and would survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)

@@ -1,0 +1,216 @@
+"""Runs that are stopped, killed and resumed. The tests call the scripts' main functions in this process."""
+
+import json
+import os
+import random
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))  # for when this file is run as a script
+
+import grpo
+import sft
+from agent import Episode
+from config import BadInput
+from run import Run
+
+TINY = "--cpu --hidden_size 32 --layers 1 --heads 1 --demonstrations 24 --sft_steps 4 --sft_batch 16 --tasks_per_step 2 " \
+       "--group_size 2 --grpo_steps 4 --save_every 2 --eval_tasks 3 --eval_temperature 0.7".split()
+STAGES = {"sft": sft, "grpo": grpo}
+
+
+def made_up_reward(episode):
+    """An untrained policy earns nothing, and without a difference in reward there would be no update to compare."""
+    return 1 - sum(len(turn.response.ids) for turn in episode.turns) % 5 / 4  # 1 for demonstrations, which have no ids
+
+
+@pytest.fixture
+def call(tmp_path, monkeypatch):
+    """Runs a script's main function in an empty folder, in which an SFT run stands already."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Episode, "reward", property(made_up_reward))
+
+    def call(stage, *arguments):
+        monkeypatch.setattr("sys.argv", [f"{stage}.py", *arguments])
+        STAGES[stage].main()
+
+    call("sft", *TINY)
+    return call
+
+
+def stop_after(monkeypatch, step):
+    """Lets every run stop after that step as if a signal had come in it."""
+    log = Run.log
+
+    def log_and_stop(self, metrics):
+        log(self, metrics)
+        if self.step == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Run, "log", log_and_stop)
+
+
+def metrics(run):
+    """The metrics of each step, without those that tell the time."""
+    lines = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if "second" not in name} for line in lines]
+
+
+def state(run, names=("model.safetensors", "state/optimizer.bin", "state/optimizer_1.bin", "state/random_states_0.pkl")):
+    """All that a checkpoint holds, as bytes or as one flat list."""
+    flat = []
+
+    def add(value):
+        if isinstance(value, dict):
+            [add(value[key]) for key in sorted(value, key=str)]
+        elif isinstance(value, (list, tuple)):
+            [add(one) for one in value]
+        else:
+            flat.append(value.tolist() if hasattr(value, "tolist") else value)
+
+    for name in names:
+        path = Path(run) / "model" / name
+        add(path.read_bytes() if path.suffix == ".safetensors" else torch.load(path, weights_only=False))
+    return flat
+
+
+@pytest.mark.parametrize("stage", ["sft", "grpo"])
+@pytest.mark.parametrize("stop", [1, 2, 3])  # 2 is a checkpoint in any case
+def test_a_resumed_run_equals_an_undisturbed_one(call, monkeypatch, capsys, stage, stop):
+    """Bug: a resume repeats or skips data, starts the optimiser or the random numbers anew, or loses a line of the metrics."""
+    whole, parts = f"runs/town/{stage}", f"runs/parts/{stage}"
+    if stage == "grpo":
+        call("grpo", *TINY)
+    with monkeypatch.context() as patch:
+        stop_after(patch, stop)
+        call(stage, *TINY, "--name", "parts", *(["--from", "runs/town/sft"] if stage == "grpo" else []))
+    assert f"to go on: python {stage}.py --resume {parts}" in capsys.readouterr().out
+    assert len(metrics(parts)) == stop
+    call(stage, "--resume", parts)
+    assert metrics(parts) == metrics(whole) and [line["step"] for line in metrics(parts)] == [1, 2, 3, 4]
+    assert any("loss" in line for line in metrics(parts))
+    assert state(parts) == state(whole)
+
+
+def test_what_came_after_the_checkpoint_is_done_again(call):
+    """Bug: after a kill the metrics hold some steps twice, or a line that was cut in the middle breaks the resume."""
+    call("grpo", *TINY, "--grpo_steps", "3")
+    before, file = metrics("runs/town/grpo"), Path("runs/town/grpo/metrics.jsonl")
+    call("grpo", "--resume", "runs/town/grpo", "--grpo_steps", "5")
+    file.write_text(file.read_text() + '{"step": 6, "rew')
+    call("grpo", "--resume", "runs/town/grpo", "--grpo_steps", "7")
+    assert [line["step"] for line in metrics("runs/town/grpo")] == list(range(1, 8))
+    assert metrics("runs/town/grpo")[:2] == before[:2]
+    file.write_text("")
+    with pytest.raises(BadInput, match="ends before step 7"):
+        call("grpo", "--resume", "runs/town/grpo", "--grpo_steps", "8")
+
+
+def test_checkpoints_kept(call):
+    """Bug: the disk fills up with checkpoints, or the best one is thrown away, or a link shows nothing."""
+    ems = iter([0.1, 0.5, 0.5, 0.2, 0.3, 0.4])
+    log = Run.log
+    run = Path("runs/town/grpo")
+
+    def scored(self, found):
+        log(self, found | {"held_out_em": next(ems)})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "log", scored)
+        call("grpo", *TINY, "--grpo_steps", "3", "--save_every", "1")
+        call("grpo", "--resume", str(run), "--grpo_steps", "6")
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["000002", "000005", "000006"]
+    assert (run / "best").resolve().name == "000002" and (run / "model").resolve().name == "000006"
+    for name in ("best", "model"):
+        AutoModelForCausalLM.from_pretrained(run / name)
+
+
+@pytest.mark.parametrize("arguments, complaint", [
+    (["--resume", "runs/town/sft", "--sft_lr", "1e-4", "--seed", "1"], "another --sft_lr, --seed|another --seed, --sft_lr"),
+    (["--resume", "runs/town/sft", "--name", "other"], "another --name"),
+    (["--resume", "runs/town/sft", "--overwrite"], "goes with no --from"),
+    (["--resume", "runs/none/sft"], "cannot read the settings"),
+    (TINY, "--resume runs/town/sft"),
+])
+def test_what_cannot_be_resumed(call, capsys, arguments, complaint):
+    """Bug: a run goes on with other settings than it began with, or a finished run is begun again over itself."""
+    before = state("runs/town/sft"), metrics("runs/town/sft")
+    with pytest.raises(SystemExit) as raised:
+        call("sft", *arguments)
+    assert re.search(complaint, f"{raised.value} {capsys.readouterr().err}")
+    assert (state("runs/town/sft"), metrics("runs/town/sft")) == before
+
+
+def test_a_run_of_the_other_stage_is_refused(call):
+    """Bug: grpo.py goes on with an SFT run, whose optimiser and steps mean something else."""
+    with pytest.raises(BadInput, match="not the folder of a grpo run"):
+        call("grpo", "--resume", "runs/town/sft")
+
+
+def test_a_full_disk_is_one_sentence(call):
+    """Bug: a checkpoint that could not be written whole takes the place of a good one, or the run goes on without any."""
+    before = state("runs/town/sft")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # what a full disk does to a large file
+    try:
+        with pytest.raises(SystemExit, match="step 6 could not be saved.*\n.*--resume runs/town/sft"):
+            call("sft", "--resume", "runs/town/sft", "--sft_steps", "6")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert state("runs/town/sft") == before
+    call("sft", "--resume", "runs/town/sft", "--sft_steps", "6")
+    assert [line["step"] for line in metrics("runs/town/sft")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_place_that_cannot_be_written_to(tmp_path, monkeypatch):
+    """Bug: an hour of demonstrations, and then no place to put the policy."""
+    monkeypatch.chdir(tmp_path)
+    Path("runs").write_text("a file")
+    monkeypatch.setattr("sys.argv", ["sft.py", *TINY])
+    with pytest.raises(BadInput, match="is not a folder that can be written to"):
+        sft.main()
+
+
+@pytest.mark.slow
+def test_killed_anywhere(call):
+    """Bug: there is a moment at which a kill leaves a run that cannot go on, or that ends with other weights."""
+    flags = [*TINY, "--grpo_steps", "500", "--save_every", "1"]
+    call("grpo", *flags)
+    run, rng, in_a_save = Path("runs/killed/grpo"), random.Random(0), 0
+    file = run / "metrics.jsonl"
+    for kill in range(51):
+        begun = (run / "config.json").exists()
+        arguments = ["--resume", str(run)] if begun else [*flags, "--name", "killed", "--from", "runs/town/sft", "--overwrite"]
+        process = subprocess.Popen([sys.executable, __file__, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        if kill == 50:
+            break
+        before = file.stat().st_ino if file.exists() else None
+        while process.poll() is None and (not file.exists() or file.stat().st_ino == before):  # until it begins to train
+            time.sleep(0.002)
+        time.sleep(rng.uniform(0, 0.4))
+        assert process.poll() is None, process.stderr.read()[-2000:]
+        process.kill()
+        process.communicate()
+        in_a_save += (run / "checkpoints/part").exists()
+        if (run / "model").exists():
+            AutoModelForCausalLM.from_pretrained(run / "model")
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors[-2000:]
+    print(f"{in_a_save} of 50 kills came in a save")
+    assert in_a_save > 5
+    assert metrics(run) == metrics("runs/town/grpo") and state(run) == state("runs/town/grpo")
+
+
+if __name__ == "__main__":  # grpo.py with the made-up reward, for test_killed_anywhere
+    Episode.reward = property(made_up_reward)
+    grpo.main()
