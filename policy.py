@@ -18,6 +18,7 @@ from tasks import corpus, scorer
 PAD, END, RESPONSE = "<pad>", "<end>", "<response>"
 # The tiny model learns its task from examples, so its template leaves the system message with the instruction out.
 TINY_TEMPLATE = "{% for message in messages if message.role == 'user' %}{{ message.content }}{% endfor %}" + RESPONSE
+MARK = "@observation@"  # stands for the observation while a chat template is applied
 LOGIT_SLICE = 2**24  # most logits in memory at once when tokens are scored
 
 
@@ -73,11 +74,13 @@ class LanguageModel(torch.nn.Module):
         return prompts
 
     def _encode(self, observations):
-        system = {"role": "system", "content": instruction(self.config)}
-        texts = self.tokenizer.apply_chat_template(
-            [[system, {"role": "user", "content": render(observation)}] for observation in observations],
-            tokenize=False, add_generation_prompt=True, enable_thinking=False)
-        return self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        """The template's ids around those of the observation, in which a tag or a special token's name is nothing but text."""
+        messages = [{"role": "system", "content": instruction(self.config)}, {"role": "user", "content": MARK}]
+        frame = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+        before, after = self.tokenizer(frame.split(MARK), add_special_tokens=False)["input_ids"]
+        shown = self.tokenizer([render(observation) for observation in observations], add_special_tokens=False,
+                               split_special_tokens=True)["input_ids"]
+        return [before + ids + after for ids in shown]
 
     def count(self, text):
         """Number of tokens of a text."""
