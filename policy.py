@@ -132,7 +132,7 @@ class LanguageModel(torch.nn.Module):
 
     def log_softmax(self, logits):
         """Log-probabilities (..., V) of the distribution that is sampled from: temperature, and no unknown ids."""
-        logits = logits.float() / (self.temperature or 1.0)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / (self.temperature or 1.0)
         logits[..., self.known_ids :] = -math.inf
         return logits.log_softmax(-1)
 

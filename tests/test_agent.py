@@ -64,40 +64,48 @@ def test_unbox_balances_braces():
     assert [unbox(t) for t in (r"\boxed{a}\boxed{b {c}}", r"\boxed{a", "a", r"\boxed{}")] == ["b {c}", "", "", ""]
 
 
-def mutate(rng, text):
+def mutate(rng, text, pieces):
     """Grammar-aware noise: tags dropped, doubled, swapped, cut; characters changed."""
-    pieces = ["<create_memory>", "</create_memory>", "<update_memory>", "</update_memory>", "<delete_memory>", "</read_memory>",
-              "<read_memory>", "</delete_memory>", "<answer>", "</answer>", "<scratchpad>", "</scratchpad>", "1", "2:", "Anna",
-              " ", "<", ">", "</", "\n", "<x>", "٣", "9" * 30]
     for _ in range(rng.randint(0, 8)):
         at = rng.randint(0, len(text))
         text = text[:at] + rng.choice([rng.choice(pieces), rng.choice(string.printable), ""]) + text[at + rng.randint(0, 3):]
     return text
 
 
-def test_any_response_is_survived(config, embed):
+@pytest.mark.parametrize("dialect", TAGS)
+@pytest.mark.parametrize("responses", [10_000, pytest.param(500_000, marks=pytest.mark.slow)])
+def test_any_response_is_survived(embed, dialect, responses):
     """Bug: some mixture of tags raises, or leaves the store at odds with an independent replay of the operations."""
-    rng = random.Random(0)
-    good = ["<create_memory>Anna lives in Rome</create_memory>", "<read_memory>Anna</read_memory>", "",
-            "<update_memory>1: Anna lives in Oslo</update_memory>", "<delete_memory>1</delete_memory>", "<answer>Ben</answer>"]
-    for _ in range(300):
-        script = [mutate(rng, "".join(rng.choices(good, k=3))) for _ in range(50)]
-        episode, _ = play(config, embed, ["a", "b", "c"], script)
-        store = {}
+    config, rng, written = Config(dialect=dialect), random.Random(responses), 0
+    before, box = ("Memory ", "\\boxed{Ben}") if dialect == "released" else ("", "Ben")
+    operations = {"create": "Anna lives in Rome", "read": "Anna", "update": f"{before}1: Anna lives in Oslo", "delete": f"{before}1",
+                  "scratchpad": "2", "answer": box}
+    good = [f"<{TAGS[dialect][kind]}>{text}</{TAGS[dialect][kind]}>" for kind, text in operations.items()] + [""]
+    pieces = [f"<{slash}{tag}>" for tag in TAGS[dialect].values() for slash in ("", "/")] + [
+        "1", "2:", "Anna", " ", "<", ">", "</", "\n", "<x>", "٣", "9" * 30, "Memory", "\\boxed", "{", "}"]
+    while written < responses:
+        script = [mutate(rng, "".join(rng.choices(good, k=3)), pieces) for _ in range(50)]
+        episode, shown = play(config, embed, [str(n) for n in range(30)], script)
+        written += len(shown)
+        store, used = {}, set()
         for turn in episode.turns:
             shown = {entry.id for entry in turn.observation.entries}
             for operation in turn.operations:
                 if operation.error or operation.id is None:
                     continue
                 if operation.kind == "create":
-                    assert operation.id not in store
+                    assert operation.id not in used
+                    used.add(operation.id)
                 else:
                     assert operation.id in shown and operation.id in store
                 store[operation.id] = operation.text
                 if operation.kind == "delete":
                     del store[operation.id]
-        assert store == episode.memory.texts
-        assert episode.done and len(episode.turns) <= 4 * (1 + config.max_reads)
+        memory = episode.memory
+        assert store == memory.texts and len(memory) == len(store)
+        for id, text in store.items():
+            assert (memory._vectors[memory._row[id]] == embed([text])[0]).all()
+        assert episode.done and len(episode.turns) <= 31 * (1 + config.max_reads)
         assert 0 <= episode.reward <= 1
 
 

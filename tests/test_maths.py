@@ -1,0 +1,137 @@
+"""The objective, checked from outside: against a plain and slow reference, by hand, and by statistics."""
+
+import copy
+import random
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+import grpo
+from config import Config
+from policy import LanguageModel
+
+
+class Keep:
+    """An optimiser that keeps the gradients instead of taking a step."""
+
+    def __init__(self, policy):
+        self.policy, self.gradients = policy, {}
+
+    def step(self):
+        self.gradients = {name: p.grad.clone() for name, p in self.policy.named_parameters()}
+
+    def zero_grad(self):
+        self.policy.zero_grad()
+
+
+def step(policy, rows, tokens, config, reference=None):
+    """Metrics and gradients {name: tensor} of one update."""
+    policy.zero_grad()
+    keep = Keep(policy)
+    return grpo.update(policy, reference, rows, tokens, [keep], Accelerator(cpu=True), config), keep.gradients
+
+
+def shaken(policy, seed):
+    """A copy with other weights."""
+    other, random_numbers = copy.deepcopy(policy), torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in other.parameters():
+            p.add_(0.1 * torch.randn(p.shape, generator=random_numbers))
+    return other
+
+
+def logprobs(policy, prompt, ids):
+    """Log-probabilities (n,) of one response: one row, no padding, the whole vocabulary."""
+    logits = policy.model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1] / policy.temperature
+    return logits[:, : policy.known_ids].log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0]
+
+
+@pytest.mark.parametrize("kl, updates", [(0.0, 1), (0.0, 2), (0.3, 2)])
+@pytest.mark.parametrize("temperature", [0.7, 1.3])
+def test_loss_and_gradients_equal_a_plain_reference(tiny, kl, updates, temperature):
+    """Bug: anything between rows and gradient that depends on padding, order or micro-batches, or a term that is detached."""
+    rng, policy, vocabulary = random.Random(0), tiny.double(), len(tiny.tokenizer)
+    policy.temperature = temperature
+    old, reference = shaken(policy, 1), shaken(policy, 2)
+    rows = [([rng.randrange(vocabulary) for _ in range(rng.randint(1, 30))], [rng.randrange(vocabulary) for _ in range(rng.randint(1, 9))],
+             rng.choice([-0.75, -0.25, 0.0, 0.5])) for _ in range(23)]
+    tokens = 7 + sum(len(ids) for _, ids, _ in rows)  # 7: of rows that were skipped
+    config = Config(kl=kl, max_grad_norm=1e9)
+    loss = 0.0
+    for prompt, ids, advantage in rows:
+        new, ref = logprobs(policy, prompt, ids), logprobs(reference, prompt, ids).detach()
+        before = logprobs(old, prompt, ids).detach() if updates > 1 else new.detach()
+        for t in range(len(ids)):
+            ratio = (new[t] - before[t]).exp()
+            gain = min(ratio * advantage, min(max(ratio, torch.tensor(0.8)), torch.tensor(1.28)) * advantage)
+            penalty = (ref[t] - new[t]).exp() - (ref[t] - new[t]) - 1
+            loss = loss - (gain - kl * penalty) / tokens
+    policy.zero_grad()
+    loss.backward()
+    expected = {name: p.grad.clone() for name, p in policy.named_parameters()}
+
+    sampled = [(prompt, ids, [0.0] * len(ids), advantage) for prompt, ids, advantage in rows]
+    for budget in (1, 100, 10**6):
+        shuffled = rng.sample(sampled, len(sampled))
+        config.micro_batch_tokens = budget
+        if updates > 1:
+            shuffled = grpo.with_old(old, shuffled, config)
+        metrics, found = step(policy, shuffled, tokens, config, reference)
+        assert metrics["loss"] == pytest.approx(loss.item(), rel=1e-6)
+        for name in expected:
+            assert torch.allclose(found[name], expected[name], rtol=1e-4, atol=1e-7), name
+    assert (metrics["clipped"] > 0.1) == (updates > 1)
+
+
+def test_padding_cannot_be_seen(tiny):
+    """Bug: the loss reads a position of the padding, which here holds garbage."""
+    rows = [([5, 6, 7], [8], [0.0], 1.0), ([5, 6], [7, 8, 9, 10], [0.0] * 4, -0.5), ([5], [6, 7], [0.0] * 2, 0.25)]
+    lengths = torch.tensor([4, 6, 3])
+
+    def plant(module, arguments, output):
+        hidden = output.last_hidden_state
+        padding = torch.arange(hidden.shape[1])[None] >= lengths[:, None]
+        output.last_hidden_state = hidden + 1e4 * padding[..., None]
+
+    config = Config(max_grad_norm=1e9)
+    rows = [rows[1], rows[0], rows[2]]  # the longest first, as micro_batches puts them
+    lengths = lengths[[1, 0, 2]]
+    _, clean = step(tiny, rows, 7, config)
+    handle = tiny.model.get_decoder().register_forward_hook(plant)
+    metrics, planted = step(tiny, rows, 7, config)
+    handle.remove()
+    assert metrics["loss"] == pytest.approx(-(1 * 1.0 + 4 * -0.5 + 2 * 0.25) / 7)  # by hand: all ratios are 1
+    for name in clean:
+        assert torch.equal(clean[name], planted[name])
+
+
+def test_the_expected_gradient_is_that_of_the_expected_reward(tiny):
+    """Bug: a bias that no single sample shows, such as a wrong baseline, or scoring another distribution than is sampled."""
+    torch.manual_seed(0)
+    actions, group, prompt = 12, 8, [5, 6, 7]
+    policy: LanguageModel = shaken(tiny, 3)
+    policy.known_ids, policy.end_ids, policy.temperature = actions, torch.arange(actions), 1.3  # every response is one token
+    reward = torch.rand(actions)
+    config = Config(max_grad_norm=1e9, micro_batch_tokens=10**5)
+
+    exact = logprobs_of_all(policy, prompt).exp() @ reward
+    policy.zero_grad()
+    exact.backward()
+    expected = torch.cat([p.grad.flatten() for p in policy.parameters()])
+
+    drawn = policy._sample([prompt] * 1500 * group)
+    advantages = grpo.group_advantages(reward[[ids[0] for ids, _, _ in drawn]].view(-1, group)).flatten().tolist()
+    rows = [(prompt, ids, logprobs, advantage) for (ids, logprobs, _), advantage in zip(drawn, advantages)]
+    metrics, found = step(policy, rows, len(rows), config)
+    found = -torch.cat([found[name].flatten() for name, _ in policy.named_parameters()])
+    assert torch.cosine_similarity(found, expected, dim=0) > 0.99
+    # the group's mean holds the sample itself, which shortens the gradient to (G - 1) / G
+    assert found.norm() / expected.norm() == pytest.approx((group - 1) / group, rel=0.05)
+    assert metrics["gap"] < 1e-4
+
+
+def logprobs_of_all(policy, prompt):
+    """Log-probabilities (actions,) of every one-token response."""
+    logits = policy.model(torch.tensor([prompt])).logits[0, -1] / policy.temperature
+    return logits[: policy.known_ids].log_softmax(-1)
