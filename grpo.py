@@ -142,17 +142,16 @@ def main():
                                default_run=lambda name: Config(name=name).folder("sft"))
     run = Run(config, "grpo", extra["resume"])
     accelerator = run.accelerator
-    policy = open_policy(str(run.checkpoint or find_start(config, extra["start"])), config).to(accelerator.device)
-    reference = None
-    if config.kl:
-        reference = open_policy(find_start(config, extra["start"]), config).to(accelerator.device).requires_grad_(False)
+    run.start = run.start or find_start(config, extra["start"])
+    policy = open_policy(str(run.checkpoint or run.start), config).to(accelerator.device)
+    reference = open_policy(run.start, config).to(accelerator.device).requires_grad_(False) if config.kl else None
     embed = load_embedder(config.embedder, accelerator.device)
     stream, dev = load_tasks(config, "train", policy.count), load_tasks(config, "dev", policy.count)
     held_out = [dev(index) for index in range(min(100, config.eval_tasks))]
     check_prompts(policy, held_out, config)
     optimizers = [accelerator.prepare(optimizer) for optimizer in make_optimizers(policy, config.grpo_lr, config.optimizer)]
     wrapped = accelerator.prepare(policy)
-    run.begin()
+    run.begin(policy)
     for step in run.steps(config.grpo_steps):
         started = time.perf_counter()
         first = config.demonstrations + (step - 1) * config.tasks_per_step  # tasks that SFT has not seen

@@ -34,18 +34,21 @@ class Run:
         model, best                   links to the newest checkpoint, and to that with the highest held-out EM
 
     resume: the folder of the run to go on with; None starts a new one. `step` is the number of steps done, `metrics` those of
-    the last one, `checkpoint` the newest checkpoint. BadInput if the folder is taken, or is no run of this stage.
+    the last one, `start` the model that it all began from, `checkpoint` the newest checkpoint. BadInput if the folder is taken,
+    or holds no run of this stage.
     """
 
     def __init__(self, config, stage, resume=None):
         self.config, self.folder = config, Path(resume or config.folder(stage))
-        self.step, self.metrics, self.best, self.stopping = 0, {}, None, False  # best: (held-out EM, step)
-        if resume and self.folder.resolve().name != stage:
-            raise BadInput(f"--resume {resume}: not the folder of a {stage} run, which ends in /{stage}")
+        self.step, self.metrics, self.best, self.start, self.checkpoint, self.stopping = 0, {}, None, None, None, False
         above = next(path for path in self.folder.absolute().parents if path.exists())
         if not (above.is_dir() and os.access(above, os.W_OK)):
             raise BadInput(f"{self.folder} cannot be made: {above} is not a folder that can be written to")
-        if (self.folder / "metrics.jsonl").exists() and not (config.overwrite or resume):
+        if resume and self.folder.resolve().name != stage:
+            raise BadInput(f"--resume {resume}: not the folder of a {stage} run, which ends in /{stage}")
+        if resume and not self.checkpoints():
+            raise BadInput(f"--resume {resume}: there is no checkpoint to go on from; start it again")
+        if self.checkpoints() and not (config.overwrite or resume):
             raise BadInput(f"{self.folder} already holds a run: go on with it by --resume {self.folder}, choose another --name, or "
                            "replace it with --overwrite")
         try:
@@ -57,35 +60,42 @@ class Run:
         if self.accelerator.num_processes > 1:
             raise BadInput("this version trains in one process only: start it with python, not with accelerate launch")
         set_seed(config.seed)
-        self.checkpoint = self.checkpoints()[-1] if resume and self.checkpoints() else None
+        if resume:
+            self.take_up(self.checkpoints()[-1])
+
+    def take_up(self, checkpoint):
+        """Be where `checkpoint` was written; the steps after it will come again."""
+        path, self.checkpoint = self.folder / "metrics.jsonl", checkpoint
+        progress = json.loads((checkpoint / "progress.json").read_text())
+        self.step, self.best, self.start = progress["step"], progress["best"], progress["start"]
+        lines = path.read_text().splitlines(keepends=True)[: self.step]
+        if len(lines) < self.step:
+            raise BadInput(f"{path} ends before step {self.step}, which {checkpoint} has: it has been changed")
+        self.metrics = json.loads(lines[-1]) if lines else {}
+        replace_file(path, "".join(lines))
 
     def checkpoints(self):
         """The folders of the complete checkpoints, oldest first."""
         return sorted(self.folder.glob("checkpoints/[0-9]*[0-9]"))
 
-    def begin(self):
-        """Make the folder, or take up the checkpoint.
+    def begin(self, policy):
+        """Make the folder and checkpoint 0, or load the optimisers and random states of the checkpoint.
 
         Called when all that can fail on bad input is done, so that nothing half-made is left, and when model and optimisers are
         prepared. From here on Ctrl-C and SIGTERM end the run after the step.
         """
-        lines, path = [], self.folder / "metrics.jsonl"
+        logging.disable_progress_bar()  # transformers' own, one for every checkpoint
         if self.checkpoint:
             self.accelerator.load_state(self.checkpoint / "state")
-            progress = json.loads((self.checkpoint / "progress.json").read_text())
-            self.step, self.best = progress["step"], progress["best"]
-            lines = path.read_text().splitlines(keepends=True)[: self.step]  # the steps after the checkpoint come again
-            if len(lines) < self.step:
-                raise BadInput(f"{path} ends before step {self.step}, which {self.checkpoint} has: it has been changed")
-            self.metrics = json.loads(lines[-1])
         else:
-            shutil.rmtree(self.folder, ignore_errors=True)  # of a run with --overwrite, or stopped before its first checkpoint
-            self.folder.mkdir(parents=True)
+            shutil.rmtree(self.folder, ignore_errors=True)  # of a run with --overwrite, or without a checkpoint
+            (self.folder / "checkpoints").mkdir(parents=True)
+            (self.folder / "metrics.jsonl").touch()
         replace_file(self.folder / "config.json", self.config.json())
-        replace_file(path, "".join(lines))
+        if not self.checkpoint:
+            self.save(policy)
         if self.config.log_with:
             self.accelerator.init_trackers("atommem")
-        logging.disable_progress_bar()  # transformers' own, one for every checkpoint
         self.handlers = {number: signal.signal(number, self.stop) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def stop(self, number, frame):
@@ -119,7 +129,7 @@ class Run:
             shutil.rmtree(part, ignore_errors=True)
             policy.save(part)
             self.accelerator.save_state(part / "state")
-            (part / "progress.json").write_text(json.dumps({"step": self.step, "best": self.best}))
+            (part / "progress.json").write_text(json.dumps({"step": self.step, "best": self.best, "start": self.start}))
             for path in [self.folder / "metrics.jsonl", *part.rglob("*"), part]:
                 flush(path)
             part.rename(folder)
@@ -137,7 +147,7 @@ class Run:
 
     def finish(self, policy, total, then):
         """Save the last step, and say how to go on: by `then` if all the steps are done."""
-        if not self.checkpoint or self.checkpoint.name != f"{self.step:06d}":
+        if self.checkpoint.name != f"{self.step:06d}":
             self.save(policy)
         for number, handler in self.handlers.items():
             signal.signal(number, handler)

@@ -281,7 +281,7 @@ def main():
 
     optimizers = [accelerator.prepare(optimizer) for optimizer in make_optimizers(policy, config.sft_lr, config.optimizer)]
     wrapped = accelerator.prepare(policy)
-    run.begin()
+    run.begin(policy)
     for step, batch in zip(run.steps(config.sft_steps), itertools.islice(batches(taught, config), run.step, None)):
         started = time.perf_counter()
         factor = schedule(step, config.sft_steps, warmup=config.sft_steps // 10, decay=0.6)

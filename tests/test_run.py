@@ -84,16 +84,16 @@ def state(run, names=("model.safetensors", "state/optimizer.bin", "state/optimiz
     return flat
 
 
-@pytest.mark.parametrize("stage", ["sft", "grpo"])
+@pytest.mark.parametrize("stage, settings", [("sft", []), ("grpo", []), ("grpo", ["--kl", "0.5"])])
 @pytest.mark.parametrize("stop", [1, 2, 3])  # 2 is a checkpoint in any case
-def test_a_resumed_run_equals_an_undisturbed_one(call, monkeypatch, capsys, stage, stop):
+def test_a_resumed_run_equals_an_undisturbed_one(call, monkeypatch, capsys, stage, settings, stop):
     """Bug: a resume repeats or skips data, starts the optimiser or the random numbers anew, or loses a line of the metrics."""
     whole, parts = f"runs/town/{stage}", f"runs/parts/{stage}"
     if stage == "grpo":
-        call("grpo", *TINY)
+        call("grpo", *TINY, *settings)
     with monkeypatch.context() as patch:
         stop_after(patch, stop)
-        call(stage, *TINY, "--name", "parts", *(["--from", "runs/town/sft"] if stage == "grpo" else []))
+        call(stage, *TINY, *settings, "--name", "parts", *(["--from", "runs/town/sft"] if stage == "grpo" else []))
     assert f"to go on: python {stage}.py --resume {parts}" in capsys.readouterr().out
     assert len(metrics(parts)) == stop
     call(stage, "--resume", parts)
@@ -140,6 +140,7 @@ def test_checkpoints_kept(call):
     (["--resume", "runs/town/sft", "--name", "other"], "another --name"),
     (["--resume", "runs/town/sft", "--overwrite"], "goes with no --from"),
     (["--resume", "runs/none/sft"], "cannot read the settings"),
+    (["--resume", "runs/town"], "cannot read the settings"),
     (TINY, "--resume runs/town/sft"),
 ])
 def test_what_cannot_be_resumed(call, capsys, arguments, complaint):
@@ -189,8 +190,8 @@ def test_killed_anywhere(call):
     run, rng, in_a_save = Path("runs/killed/grpo"), random.Random(0), 0
     file = run / "metrics.jsonl"
     for kill in range(51):
-        begun = (run / "config.json").exists()
-        arguments = ["--resume", str(run)] if begun else [*flags, "--name", "killed", "--from", "runs/town/sft", "--overwrite"]
+        begun = (run / "model").exists()
+        arguments = ["--resume", str(run)] if begun else [*flags, "--name", "killed", "--from", "runs/town/sft"]
         process = subprocess.Popen([sys.executable, __file__, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         if kill == 50:
             break
