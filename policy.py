@@ -115,6 +115,8 @@ class LanguageModel(torch.nn.Module):
                 logits = self.model(input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache,
                                     use_cache=True, logits_to_keep=1).logits[:, -1]  # (B, V)
             logprobs = self.log_softmax(logits)
+            if not logprobs.amax(-1).isfinite().all():
+                raise SystemExit("the policy's probabilities are not finite: its weights are broken. A lower learning rate may help")
             token = logprobs.argmax(-1) if self.temperature == 0 else torch.multinomial(logprobs.exp(), 1)[:, 0]  # (B,)
             chosen = logprobs.gather(1, token[:, None])[:, 0]
             ended = torch.isin(token, ends)
