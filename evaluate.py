@@ -73,7 +73,7 @@ def table(rows):
 
 
 def trace(episode):
-    """An episode as readable text; the memory after each turn is rebuilt from the operations."""
+    """An episode as readable text, control characters escaped; the memory after each turn is rebuilt from the operations."""
     store, lines = {}, [f"=== {episode.task.id}: reward {episode.reward:.2f}"]
     for number, turn in enumerate(episode.turns, start=1):
         lines += ["", f"--- turn {number}", render(turn.observation), f">>> {turn.response.text}"]
@@ -88,7 +88,8 @@ def trace(episode):
     lines.append("")
     for question, answer, score in zip(episode.task.questions, episode.answers, episode.scores):
         lines.append(f"{question.text}  answer: {answer}  gold: {' / '.join(question.answers)}  score: {score:.0f}")
-    return "\n".join(lines)
+    text = "\n".join(lines)  # of documents that may hold anything, a command to the terminal too
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
 def draw_curves(files, out):

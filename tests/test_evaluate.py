@@ -35,6 +35,12 @@ def test_the_trace_replays_the_memory(config, embed):
     assert "answer: Ben  gold: Ben  score: 1" in text
 
 
+def test_the_trace_cannot_command_the_terminal(config, embed):
+    """Bug: a document with escape sequences in it clears the screen, or hides what the policy did."""
+    [episode] = run_episodes([make_task(["a\x1b[2Jb\u202e漢字"])], Scripted({"Who?": []}), config, embed, exact_match)
+    assert "a\\x1b[2Jb\\u202e漢字\n" in evaluate.trace(episode)
+
+
 @pytest.mark.parametrize("task, file", [("2wikimultihopqa", "2wikimultihopqa.json"), ("musique", "musique.jsonl")])
 def test_qa_sets_are_evaluated(task, file, embed):
     """Bug: a set is scored by another set's rules, or only HotpotQA's files get through evaluate.py."""

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import random
 import re
 import resource
@@ -171,6 +172,19 @@ def test_a_full_disk_is_one_sentence(call):
     assert state("runs/town/sft") == before
     call("sft", "--resume", "runs/town/sft", "--sft_steps", "6")
     assert [line["step"] for line in metrics("runs/town/sft")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_run_folder_cannot_run_code(call):
+    """Bug: a checkpoint from a stranger executes what is pickled in it."""
+    class Malice:
+        def __reduce__(self):
+            return Path("runs/malice").touch, ()
+
+    file = Path("runs/town/sft/model/state/optimizer.bin")
+    file.write_bytes(pickle.dumps(Malice(), protocol=2))
+    with pytest.raises(pickle.UnpicklingError):
+        call("sft", "--resume", "runs/town/sft", "--sft_steps", "5")
+    assert not Path("runs/malice").exists()
 
 
 def test_a_place_that_cannot_be_written_to(tmp_path, monkeypatch):
