@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import signal
+from contextlib import contextmanager
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -115,7 +116,7 @@ class Run:
     def log(self, metrics):
         """Append the step's metrics to metrics.jsonl, print them on one line, and pass them to the tracker."""
         self.metrics = {"step": self.step} | {name: round(float(value), 6) for name, value in metrics.items()}
-        with open(self.folder / "metrics.jsonl", "a") as file:
+        with self.on_disk(), open(self.folder / "metrics.jsonl", "a") as file:
             file.write(json.dumps(self.metrics) + "\n")
         tqdm.write("  ".join(f"{name} {value:.4g}" for name, value in self.metrics.items()))
         self.accelerator.log(metrics, step=self.step)
@@ -125,7 +126,7 @@ class Run:
         if (em := self.metrics.get("held_out_em")) is not None and (self.best is None or em > self.best[0]):
             self.best = [em, self.step]
         folder, part = self.folder / "checkpoints" / f"{self.step:06d}", self.folder / "checkpoints" / "part"
-        try:
+        with self.on_disk():
             shutil.rmtree(part, ignore_errors=True)
             policy.save(part)
             self.accelerator.save_state(part / "state")
@@ -138,12 +139,18 @@ class Run:
             if self.best:
                 replace_link(self.folder / "best", folder.with_name(f"{self.best[1]:06d}"))
             flush(folder.parent), flush(self.folder)
-        except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own for a full disk
-            raise SystemExit(f"{self.folder}: step {self.step} could not be saved: {error}\nThe checkpoints before it are whole: "
-                             f"make room, and go on with --resume {self.folder}") from error
         for old in self.checkpoints()[:-2]:
             if not (self.best and old.name == f"{self.best[1]:06d}"):
                 shutil.rmtree(old)
+
+    @contextmanager
+    def on_disk(self):
+        """Turns what goes wrong in writing into one sentence."""
+        try:
+            yield
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own for a full disk
+            raise SystemExit(f"{self.folder}: step {self.step} could not be saved: {error}\nThe checkpoints before it are whole: "
+                             f"make room, and go on with --resume {self.folder}") from error
 
     def finish(self, policy, total, then):
         """Save the last step, and say how to go on: by `then` if all the steps are done."""
