@@ -17,7 +17,8 @@ from transformers import HfArgumentParser
 
 TASKS = ("town", "hotpotqa", "2wikimultihopqa", "musique")
 OPERATIONS = ("create", "read", "update", "delete", "scratchpad")
-# What may differ when a run is resumed: its length (with it the learning-rate schedule), its logging, its device.
+# What may differ when a run is resumed: its length (and with it the learning-rate schedule and the lessons' borders), its
+# logging, its device.
 MAY_CHANGE = ("sft_steps", "grpo_steps", "save_every", "log_with", "cpu")
 # For parse_args' `extra` in the two trainers.
 RESUME = ("--resume", dict(metavar="RUN", help="go on with this run, from its newest checkpoint"))
@@ -84,7 +85,7 @@ class Config:
     clip_low: float = setting(0.2, "the ratio is clipped below 1 - this (paper: 0.2)")
     clip_high: float = setting(0.28, "and above 1 + this (paper: 0.28)")
     kl: float = setting(0.0, "weight of the KL penalty against the SFT policy; 0 loads no reference (paper: 0)")
-    save_every: int = setting(25, "steps between checkpoints and held-out evaluations")
+    save_every: int = setting(25, "steps between checkpoints, and GRPO's held-out evaluations")
     # --- evaluation ----------------------------------------------------------------------------
     eval_tasks: int = setting(500, "held-out tasks in evaluate.py")
     eval_temperature: float = setting(0.0, "0: greedy (paper: 0.7)")
@@ -187,8 +188,9 @@ def parse_args(description, default_run=None, extra=()):
         start, preset = resume or first.start, first.preset
         if resume and (first.start or preset or first.overwrite):
             raise BadInput("--resume goes on as the run began: it goes with no --from, --preset or --overwrite")
-        if default_run and not (start or preset) and (default_run(first.name or first.task) / "config.json").is_file():
-            start = default_run(first.name or first.task)
+        if default_run and not (start or preset) and ((run := default_run(first.name or first.task)) / "config.json").is_file():
+            if first.model in ("", load_settings(run)["model"]):  # the settings of another base model do not fit
+                start = run
         if not (start or preset) and (first.model or first.task != "town"):
             preset = "pretrained" if first.model else "qa"
         parser.set_defaults(**{**PRESETS.get(preset, {}), **(load_settings(start) if start else {})})
@@ -211,7 +213,7 @@ def load_settings(run):
         values = json.loads(path.read_text())
         unknown = set(values) - {field.name for field in dataclasses.fields(Config)}
     except (OSError, ValueError, TypeError) as error:
-        raise BadInput(f"--from {run}: cannot read the settings in {path}: {error}") from error
+        raise BadInput(f"cannot read the settings in {path}: {error}") from error
     if unknown:
         raise BadInput(f"{path} has settings that this version does not know: {', '.join(sorted(unknown))}")
     return values

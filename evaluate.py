@@ -23,7 +23,7 @@ from accelerate.utils import set_seed
 from tqdm import tqdm
 
 from agent import TAGS, render, summarize
-from config import BadInput, Config, parse_args
+from config import BadInput, Config, load_settings, parse_args
 from memory import load_embedder
 from policy import evaluate, open_policy
 from run import trained_model
@@ -98,7 +98,7 @@ def draw_curves(files, out):
         import matplotlib.pyplot as plt
     except ImportError as error:
         raise BadInput("--curves needs matplotlib: pip install matplotlib") from error
-    runs = [[json.loads(line) for line in Path(file).read_text().splitlines()] for file in files]
+    runs = [[json.loads(line) for line in Path(file).read_text().split("\n")[:-1]] for file in files]  # a torn last line is no step
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.8))
     panels = [("score", ["reward", "held_out_em"]), ("operations per response", ["create", "read", "scratchpad"]),
               ("operations per response", ["update", "delete"])]
@@ -133,6 +133,10 @@ def policies(config, gold, runs, device):
     if not (folders or config.model or gold):
         raise BadInput(f"nothing to evaluate: there is no model in runs/{config.name}/sft or runs/{config.name}/grpo; "
                        "run sft.py first, or give --runs, or a pretrained --model")
+    for folder in folders.values():
+        taught = load_settings(folder.parent)["data"]
+        if taught and config.data and Path(taught).resolve() == Path(config.data).resolve():
+            raise BadInput(f"--data {taught} is the file that {folder.parent} was trained on: give the set's dev file")
     opened = {label: open_policy(str(folder), config).to(device) for label, folder in folders.items()}
     if not opened:  # for --gold without a model, a new one's tokenizer counts
         opened = {config.model or "new": open_policy(config.model, config).to(device)}
@@ -186,8 +190,9 @@ def main():
                 if extra["trace"]:
                     print("\n\n".join(trace(episode) for episode in episodes))
     print(table(rows))
-    if not (extra["trace"] or extra["gold"]):
-        kind = ("-ablate" if extra["ablate"] else "") + (f"-{config.documents}" if config.task != "town" else "")
+    if not (extra["trace"] or extra["gold"] or extra["runs"]):
+        kind = ("-ablate" if extra["ablate"] else "") + "".join(f"-{length}x" for length in extra["lengths"] or ())
+        kind += f"-{config.documents}" if config.task != "town" else ""
         out = Path("runs") / config.name / f"evaluation{kind}.json"
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(rows, indent=1) + "\n")

@@ -27,7 +27,7 @@ from pathlib import Path
 
 import torch
 
-from agent import mean_reward, run_episodes, summarize
+from agent import run_episodes, summarize
 from config import RESUME, BadInput, Config, parse_args
 from memory import load_embedder
 from policy import (check_prompts, clip_and_step, count_bad_steps, evaluate, make_optimizers, micro_batches, open_policy,
@@ -109,8 +109,7 @@ def update(wrapped, reference, rows, tokens, optimizers, accelerator, config):
                 target, _ = reference(batch)
             kl = kl_k3(logprobs, target)
             losses, totals["kl"] = losses + config.kl * kl, totals["kl"] + kl.sum().item()
-        # One denominator for the whole step: micro-batches and their order do not matter. (With several processes N is the
-        # sum over all of them, and DDP's mean of the gradients is undone by their number.)
+        # One denominator for the whole step: micro-batches and their order do not matter.
         accelerator.backward(losses.sum() / tokens)
         with torch.no_grad():
             ratio = (logprobs - old).exp()
@@ -128,13 +127,13 @@ def update(wrapped, reference, rows, tokens, optimizers, accelerator, config):
 def find_start(config, start):
     """The model to start from: that of --from, else this name's SFT policy, else --model."""
     if start and (Path(start) / "model").is_dir():
-        return str(Path(start) / "model")
-    if trained := trained_model(config, "sft"):
-        return str(trained)
-    if not config.model:
-        raise BadInput(f"{config.folder('sft') / 'model'} does not exist: run sft.py with the same --name first, or give a "
-                       "run folder with --from, or a pretrained --model")
-    return config.model
+        folder = Path(start) / "model"
+    elif not (folder := trained_model(config, "sft")):
+        if not config.model:
+            raise BadInput(f"{config.folder('sft') / 'model'} does not exist: run sft.py with the same --name first, or give a "
+                           "run folder with --from, or a pretrained --model")
+        return config.model
+    return str(folder.resolve())  # the checkpoint itself: the link may show another one when this run is resumed
 
 
 def main():
@@ -143,6 +142,8 @@ def main():
     run = Run(config, "grpo", extra["resume"])
     accelerator = run.accelerator
     run.start = run.start or find_start(config, extra["start"])
+    if Path(run.start).resolve().is_relative_to(run.folder.resolve()) and not run.checkpoint:
+        raise BadInput(f"--overwrite would delete {run.start}, from which this run is to start: choose another --name")
     policy = open_policy(str(run.checkpoint or run.start), config).to(accelerator.device)
     reference = open_policy(run.start, config).to(accelerator.device).requires_grad_(False) if config.kl else None
     embed = load_embedder(config.embedder, accelerator.device)
@@ -151,7 +152,7 @@ def main():
     check_prompts(policy, held_out, config)
     optimizers = [accelerator.prepare(optimizer) for optimizer in make_optimizers(policy, config.grpo_lr, config.optimizer)]
     wrapped = accelerator.prepare(policy)
-    run.begin(policy)
+    run.begin(policy, optimizers)
     for step in run.steps(config.grpo_steps):
         started = time.perf_counter()
         first = config.demonstrations + (step - 1) * config.tasks_per_step  # tasks that SFT has not seen
@@ -171,16 +172,17 @@ def main():
         bad_steps = count_bad_steps(run.metrics.get("bad_steps", 0), [one["grad_norm"] for one in updates])
         seconds = time.perf_counter() - started
         metrics = {"reward": rewards.mean(), "dead_groups": (advantages == 0).all(1).float().mean(), **summarize(episodes)}
-        for one in reversed(updates):  # of several updates, the first tells of the sampler's and the trainer's agreement
-            metrics |= one
+        if updates:  # of several, the first one tells how well sampler and trainer agree
+            metrics |= updates[-1] | {name: updates[0][name] for name in ("ratio", "gap")}
         metrics |= {"lr": factor * config.grpo_lr, "bad_steps": bad_steps, "rollout_seconds": rollout_seconds,
                     "seconds": seconds, "tokens_per_second": sum(len(row[0]) + len(row[1]) for row in rows) / seconds}
         if step % config.save_every == 0 or step == config.grpo_steps:
-            metrics["held_out_em"] = mean_reward(evaluate(policy, held_out, config, embed))
+            metrics["held_out_em"] = summarize(evaluate(policy, held_out, config, embed))["em"]
         run.log(metrics)
         if step % config.save_every == 0:
-            run.save(policy)
-    run.finish(policy, config.grpo_steps, f"python evaluate.py --name {config.name}")
+            run.save()
+    then = f"python evaluate.py --name {config.name}"
+    run.finish(config.grpo_steps, then if config.task == "town" else f"{then} --data DEV_FILE")
 
 
 if __name__ == "__main__":

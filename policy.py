@@ -6,6 +6,7 @@ Letters: B rows, P longest prompt, T longest prompt + response, N response token
 import math
 
 import torch
+from jinja2 import TemplateError
 from torch.utils.checkpoint import checkpoint
 from transformers import (AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedTokenizerFast, Qwen3Config,
                           Qwen3ForCausalLM)
@@ -29,6 +30,9 @@ class LanguageModel(torch.nn.Module):
         super().__init__()
         if tokenizer.chat_template is None:
             raise BadInput(f"{tokenizer.name_or_path} has no chat template; use an instruction-tuned model")
+        for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):  # Gemma 2; Cohere; Granite
+            if getattr(model.config, name, None) not in (None, 1.0):
+                raise BadInput(f"{tokenizer.name_or_path} transforms its logits ({name}), which the trainer does not follow")
         room = getattr(model.config, "max_position_embeddings", None)
         if room and config.max_prompt_tokens + config.max_response_tokens > room:
             raise BadInput(f"--max_prompt_tokens {config.max_prompt_tokens} and --max_response_tokens "
@@ -76,15 +80,18 @@ class LanguageModel(torch.nn.Module):
     def _encode(self, observations):
         """The template's ids around those of the observation, in which a tag or a special token's name is nothing but text."""
         messages = [{"role": "system", "content": instruction(self.config)}, {"role": "user", "content": MARK}]
-        frame = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+        try:
+            frame = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+        except TemplateError as error:
+            raise BadInput(f"{self.tokenizer.name_or_path}: its chat template refuses the prompt: {error}") from error
         before, after = self.tokenizer(frame.split(MARK), add_special_tokens=False)["input_ids"]
         shown = self.tokenizer([render(observation) for observation in observations], add_special_tokens=False,
                                split_special_tokens=True)["input_ids"]
         return [before + ids + after for ids in shown]
 
-    def count(self, text):
-        """Number of tokens of a text."""
-        return len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+    def count(self, text, written=False):
+        """Number of tokens of a text that is shown; written: of a response, in which a tag counts as one."""
+        return len(self.tokenizer(text, add_special_tokens=False, split_special_tokens=not written)["input_ids"])
 
     # --- sampling ---
 
@@ -116,7 +123,7 @@ class LanguageModel(torch.nn.Module):
                                     use_cache=True, logits_to_keep=1).logits[:, -1]  # (B, V)
             logprobs = self.log_softmax(logits)
             if not logprobs.amax(-1).isfinite().all():
-                raise SystemExit("the policy's probabilities are not finite: its weights are broken. A lower learning rate may help")
+                raise SystemExit("the policy's probabilities are not finite: its weights are broken; a lower learning rate may help")
             token = logprobs.argmax(-1) if self.temperature == 0 else torch.multinomial(logprobs.exp(), 1)[:, 0]  # (B,)
             chosen = logprobs.gather(1, token[:, None])[:, 0]
             ended = torch.isin(token, ends)

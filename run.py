@@ -1,16 +1,19 @@
 """A run on disk: its folder, its metrics, its checkpoints, and how it is stopped and taken up again.
 
-Whatever moment a run is killed at, its folder can be used: everything is written aside, flushed to the disk, and only then
-renamed. What follows the newest checkpoint is done again on --resume, and comes out the same.
+Whatever moment a run is killed at, its folder can be used: checkpoints are written aside, flushed to the disk, and only then
+renamed. What follows the newest one, a torn last line of the metrics too, is dropped on --resume, and comes again the same.
 """
 
 import json
 import os
+import random
 import shutil
 import signal
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
+import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from safetensors import SafetensorError
@@ -30,8 +33,8 @@ class Run:
     """A run folder, runs/<name>/<stage>:
 
         config.json, metrics.jsonl    the settings; the metrics, one line a step
-        checkpoints/000050/           a folder for AutoModelForCausalLM that holds, besides, all that --resume needs:
-                                      progress.json and accelerate's state/. The newest two are kept, and the best
+        checkpoints/000050/           a folder for AutoModelForCausalLM, with all else that --resume needs in progress.json and
+                                      training.pt. The newest two are kept, and the best
         model, best                   links to the newest checkpoint, and to that with the highest held-out EM
 
     resume: the folder of the run to go on with; None starts a new one. `step` is the number of steps done, `metrics` those of
@@ -79,22 +82,32 @@ class Run:
         """The folders of the complete checkpoints, oldest first."""
         return sorted(self.folder.glob("checkpoints/[0-9]*[0-9]"))
 
-    def begin(self, policy):
-        """Make the folder and checkpoint 0, or load the optimisers and random states of the checkpoint.
+    def begin(self, policy, optimizers):
+        """Make the folder and checkpoint 0, or put the optimisers and random states where the checkpoint was written.
 
-        Called when all that can fail on bad input is done, so that nothing half-made is left, and when model and optimisers are
-        prepared. From here on Ctrl-C and SIGTERM end the run after the step.
+        Called when all that can fail on bad input is done, so that nothing half-made is left. `policy` has been opened from
+        `checkpoint` if there is one. From here on Ctrl-C and SIGTERM end the run after the step.
         """
         logging.disable_progress_bar()  # transformers' own, one for every checkpoint
+        self.policy, self.optimizers = policy, optimizers
         if self.checkpoint:
-            self.accelerator.load_state(self.checkpoint / "state")
+            state = torch.load(self.checkpoint / "training.pt", map_location="cpu", weights_only=True)
+            for optimizer, values in zip(optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(values)
+            set_random_state(state["random"])
+            replace_file(self.folder / "config.json", self.config.json())
+            self.link()
         else:
-            shutil.rmtree(self.folder, ignore_errors=True)  # of a run with --overwrite, or without a checkpoint
-            (self.folder / "checkpoints").mkdir(parents=True)
-            (self.folder / "metrics.jsonl").touch()
-        replace_file(self.folder / "config.json", self.config.json())
-        if not self.checkpoint:
-            self.save(policy)
+            old = self.folder.with_name(self.folder.name + ".old")  # a run that --overwrite replaces, or without a checkpoint
+            shutil.rmtree(old, ignore_errors=True)
+            if self.folder.exists():
+                self.folder.rename(old)
+            with self.on_disk():
+                (self.folder / "checkpoints").mkdir(parents=True)
+                (self.folder / "metrics.jsonl").touch()
+                replace_file(self.folder / "config.json", self.config.json())
+            self.save()
+            shutil.rmtree(old, ignore_errors=True)
         if self.config.log_with:
             self.accelerator.init_trackers("atommem")
         self.handlers = {number: signal.signal(number, self.stop) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -118,29 +131,35 @@ class Run:
         self.metrics = {"step": self.step} | {name: round(float(value), 6) for name, value in metrics.items()}
         with self.on_disk(), open(self.folder / "metrics.jsonl", "a") as file:
             file.write(json.dumps(self.metrics) + "\n")
-        tqdm.write("  ".join(f"{name} {value:.4g}" for name, value in self.metrics.items()))
+        tqdm.write("  ".join([f"step {self.step}", *(f"{name} {float(value):.4g}" for name, value in metrics.items())]))
         self.accelerator.log(metrics, step=self.step)
 
-    def save(self, policy):
+    def save(self):
         """Write the checkpoint of this step: whole, on the disk, and only then under its name. SystemExit if that fails."""
         if (em := self.metrics.get("held_out_em")) is not None and (self.best is None or em > self.best[0]):
             self.best = [em, self.step]
         folder, part = self.folder / "checkpoints" / f"{self.step:06d}", self.folder / "checkpoints" / "part"
         with self.on_disk():
             shutil.rmtree(part, ignore_errors=True)
-            policy.save(part)
-            self.accelerator.save_state(part / "state")
+            self.policy.save(part)
+            torch.save({"optimizers": [optimizer.state_dict() for optimizer in self.optimizers], "random": random_state()},
+                       part / "training.pt")
             (part / "progress.json").write_text(json.dumps({"step": self.step, "best": self.best, "start": self.start}))
             for path in [self.folder / "metrics.jsonl", *part.rglob("*"), part]:
                 flush(path)
             part.rename(folder)
             self.checkpoint = folder
-            replace_link(self.folder / "model", folder)
-            if self.best:
-                replace_link(self.folder / "best", folder.with_name(f"{self.best[1]:06d}"))
-            flush(folder.parent), flush(self.folder)
+            self.link()
+
+    def link(self):
+        """Let `model` and `best` show what they should; then delete the checkpoints that are no longer needed."""
+        best = f"{self.best[1]:06d}" if self.best else None
+        replace_link(self.folder / "model", self.checkpoint)
+        if best:
+            replace_link(self.folder / "best", self.checkpoint.with_name(best))
+        flush(self.checkpoint.parent), flush(self.folder)
         for old in self.checkpoints()[:-2]:
-            if not (self.best and old.name == f"{self.best[1]:06d}"):
+            if old.name != best:
                 shutil.rmtree(old)
 
     @contextmanager
@@ -149,19 +168,34 @@ class Run:
         try:
             yield
         except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own for a full disk
-            raise SystemExit(f"{self.folder}: step {self.step} could not be saved: {error}\nThe checkpoints before it are whole: "
-                             f"make room, and go on with --resume {self.folder}") from error
+            then = f"{self.checkpoint} is whole: go on with --resume {self.folder}" if self.checkpoint else "Start again"
+            raise SystemExit(f"{self.folder}: step {self.step} could not be saved: {error}\n{then}, when there is room") from error
 
-    def finish(self, policy, total, then):
+    def finish(self, total, then):
         """Save the last step, and say how to go on: by `then` if all the steps are done."""
         if self.checkpoint.name != f"{self.step:06d}":
-            self.save(policy)
+            self.save()
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         self.accelerator.end_training()  # lets the tracker write what it still holds
         done = self.step >= total
         print(f"{self.step} steps, saved in {self.folder}; " + (f"next: {then}" if done else
               f"to go on: python {self.folder.name}.py --resume {self.folder}"))
+
+
+def random_state():
+    """The states of all global random number generators, in types that torch.load takes from a stranger."""
+    name, keys, *rest = np.random.get_state()
+    return {"python": random.getstate(), "numpy": (name, keys.tolist(), *rest), "torch": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state_all()}  # one for each GPU
+
+
+def set_random_state(state):
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if len(state["cuda"]) == torch.cuda.device_count():  # else it goes on elsewhere, where the same numbers cannot be had
+        torch.cuda.set_rng_state_all(state["cuda"])
 
 
 def replace_file(path, text):

@@ -21,7 +21,7 @@ import time
 from tqdm import tqdm
 
 import tasks as town
-from agent import TAGS, Response, mean_reward, run_episodes
+from agent import TAGS, Response, mean_reward, run_episodes, summarize
 from config import RESUME, BadInput, parse_args
 from memory import load_embedder
 from policy import (check_prompts, clip_and_step, count_bad_steps, evaluate, make_optimizers, micro_batches, open_policy,
@@ -187,7 +187,7 @@ class GoldDemonstrator(Demonstrator):
         return self.write("read", query) if query != o.query and self.fits(self.write("read", query)) else ""
 
     def fits(self, response):
-        return self.count(response) < self.config.max_response_tokens  # below the limit: the end token comes on top
+        return self.count(response, written=True) < self.config.max_response_tokens  # below the limit: the end token comes on top
 
 
 # --- from demonstrations to rows -----------------------------------------------------------------------------------
@@ -281,7 +281,7 @@ def main():
 
     optimizers = [accelerator.prepare(optimizer) for optimizer in make_optimizers(policy, config.sft_lr, config.optimizer)]
     wrapped = accelerator.prepare(policy)
-    run.begin(policy)
+    run.begin(policy, optimizers)
     for step, batch in zip(run.steps(config.sft_steps), itertools.islice(batches(taught, config), run.step, None)):
         started = time.perf_counter()
         factor = schedule(step, config.sft_steps, warmup=config.sft_steps // 10, decay=0.6)
@@ -298,11 +298,11 @@ def main():
         metrics = {"loss": loss_sum / tokens, "sure": sure / tokens, "lr": factor * config.sft_lr, "grad_norm": norm,
                    "bad_steps": bad_steps, "seconds": seconds, "tokens_per_second": trained_on / seconds}
         if step == config.sft_steps:
-            metrics["held_out_em"] = mean_reward(evaluate(policy, held_out, config, embed))
+            metrics["held_out_em"] = summarize(evaluate(policy, held_out, config, embed))["em"]
         run.log(metrics)
         if step % config.save_every == 0:
-            run.save(policy)
-    run.finish(policy, config.sft_steps, f"python grpo.py --name {config.name}")
+            run.save()
+    run.finish(config.sft_steps, f"python grpo.py --name {config.name}")
 
 
 if __name__ == "__main__":

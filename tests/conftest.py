@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import grpo
 from agent import Response
 from config import Config
 from memory import HashedEmbedder
@@ -33,6 +35,26 @@ class Scripted:
             self.seen[observation.questions[0]].append(observation)
             responses.append(Response(next(self.scripts[observation.questions[0]], "")))
         return responses
+
+
+class Keep:
+    """An optimiser that keeps the gradients instead of taking a step."""
+
+    def __init__(self, policy):
+        self.policy, self.gradients = policy, {}
+
+    def step(self):
+        self.gradients = {name: p.grad.clone() for name, p in self.policy.named_parameters()}
+
+    def zero_grad(self):
+        self.policy.zero_grad()
+
+
+def gradients(policy, rows, tokens, config, reference=None):
+    """Metrics of one update of grpo.py, and the gradients {name: tensor} that it computes."""
+    policy.zero_grad()
+    keep = Keep(policy)
+    return grpo.update(policy, reference, rows, tokens, [keep], Accelerator(cpu=True), config), keep.gradients
 
 
 def make_task(chunks, questions=("Who?",), answers=("Ben",)):

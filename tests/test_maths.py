@@ -5,31 +5,11 @@ import random
 
 import pytest
 import torch
-from accelerate import Accelerator
+from conftest import gradients
 
 import grpo
 from config import Config
 from policy import LanguageModel
-
-
-class Keep:
-    """An optimiser that keeps the gradients instead of taking a step."""
-
-    def __init__(self, policy):
-        self.policy, self.gradients = policy, {}
-
-    def step(self):
-        self.gradients = {name: p.grad.clone() for name, p in self.policy.named_parameters()}
-
-    def zero_grad(self):
-        self.policy.zero_grad()
-
-
-def step(policy, rows, tokens, config, reference=None):
-    """Metrics and gradients {name: tensor} of one update."""
-    policy.zero_grad()
-    keep = Keep(policy)
-    return grpo.update(policy, reference, rows, tokens, [keep], Accelerator(cpu=True), config), keep.gradients
 
 
 def shaken(policy, seed):
@@ -77,7 +57,7 @@ def test_loss_and_gradients_equal_a_plain_reference(tiny, kl, updates, temperatu
         config.micro_batch_tokens = budget
         if updates > 1:
             shuffled = grpo.with_old(old, shuffled, config)
-        metrics, found = step(policy, shuffled, tokens, config, reference)
+        metrics, found = gradients(policy, shuffled, tokens, config, reference)
         assert metrics["loss"] == pytest.approx(loss.item(), rel=1e-6)
         for name in expected:
             assert torch.allclose(found[name], expected[name], rtol=1e-4, atol=1e-7), name
@@ -86,8 +66,8 @@ def test_loss_and_gradients_equal_a_plain_reference(tiny, kl, updates, temperatu
 
 def test_padding_cannot_be_seen(tiny):
     """Bug: the loss reads a position of the padding, which here holds garbage."""
-    rows = [([5, 6, 7], [8], [0.0], 1.0), ([5, 6], [7, 8, 9, 10], [0.0] * 4, -0.5), ([5], [6, 7], [0.0] * 2, 0.25)]
-    lengths = torch.tensor([4, 6, 3])
+    rows = [([5, 6], [7, 8, 9, 10], [0.0] * 4, -0.5), ([5, 6, 7], [8], [0.0], 1.0), ([5], [6, 7], [0.0] * 2, 0.25)]
+    lengths = torch.tensor([6, 4, 3])  # the longest first, as micro_batches puts them
 
     def plant(module, arguments, output):
         hidden = output.last_hidden_state
@@ -95,11 +75,9 @@ def test_padding_cannot_be_seen(tiny):
         output.last_hidden_state = hidden + 1e4 * padding[..., None]
 
     config = Config(max_grad_norm=1e9)
-    rows = [rows[1], rows[0], rows[2]]  # the longest first, as micro_batches puts them
-    lengths = lengths[[1, 0, 2]]
-    _, clean = step(tiny, rows, 7, config)
+    _, clean = gradients(tiny, rows, 7, config)
     handle = tiny.model.get_decoder().register_forward_hook(plant)
-    metrics, planted = step(tiny, rows, 7, config)
+    metrics, planted = gradients(tiny, rows, 7, config)
     handle.remove()
     assert metrics["loss"] == pytest.approx(-(1 * 1.0 + 4 * -0.5 + 2 * 0.25) / 7)  # by hand: all ratios are 1
     for name in clean:
@@ -123,7 +101,7 @@ def test_the_expected_gradient_is_that_of_the_expected_reward(tiny):
     drawn = policy._sample([prompt] * 1500 * group)
     advantages = grpo.group_advantages(reward[[ids[0] for ids, _, _ in drawn]].view(-1, group)).flatten().tolist()
     rows = [(prompt, ids, logprobs, advantage) for (ids, logprobs, _), advantage in zip(drawn, advantages)]
-    metrics, found = step(policy, rows, len(rows), config)
+    metrics, found = gradients(policy, rows, len(rows), config)
     found = -torch.cat([found[name].flatten() for name, _ in policy.named_parameters()])
     assert torch.cosine_similarity(found, expected, dim=0) > 0.99
     # the group's mean holds the sample itself, which shortens the gradient to (G - 1) / G

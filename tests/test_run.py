@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -23,7 +24,7 @@ import grpo
 import sft
 from agent import Episode
 from config import BadInput
-from run import Run
+from run import Run, random_state, set_random_state
 
 TINY = "--cpu --hidden_size 32 --layers 1 --heads 1 --demonstrations 24 --sft_steps 4 --sft_batch 16 --tasks_per_step 2 " \
        "--group_size 2 --grpo_steps 4 --save_every 2 --eval_tasks 3 --eval_temperature 0.7".split()
@@ -67,7 +68,7 @@ def metrics(run):
     return [{name: value for name, value in line.items() if "second" not in name} for line in lines]
 
 
-def state(run, names=("model.safetensors", "state/optimizer.bin", "state/optimizer_1.bin", "state/random_states_0.pkl")):
+def state(run, names=("model.safetensors", "training.pt")):
     """All that a checkpoint holds, as bytes or as one flat list."""
     flat = []
 
@@ -81,7 +82,7 @@ def state(run, names=("model.safetensors", "state/optimizer.bin", "state/optimiz
 
     for name in names:
         path = Path(run) / "model" / name
-        add(path.read_bytes() if path.suffix == ".safetensors" else torch.load(path, weights_only=False))
+        add(path.read_bytes() if path.suffix == ".safetensors" else torch.load(path, weights_only=True))
     return flat
 
 
@@ -108,7 +109,7 @@ def test_what_came_after_the_checkpoint_is_done_again(call):
     call("grpo", *TINY, "--grpo_steps", "3")
     before, file = metrics("runs/town/grpo"), Path("runs/town/grpo/metrics.jsonl")
     call("grpo", "--resume", "runs/town/grpo", "--grpo_steps", "5")
-    file.write_text(file.read_text() + '{"step": 6, "rew')
+    file.write_text(file.read_text() + '{"step": 6, "reward": 9}\n{"step": 7, "rew')
     call("grpo", "--resume", "runs/town/grpo", "--grpo_steps", "7")
     assert [line["step"] for line in metrics("runs/town/grpo")] == list(range(1, 8))
     assert metrics("runs/town/grpo")[:2] == before[:2]
@@ -134,6 +135,43 @@ def test_checkpoints_kept(call):
     assert (run / "best").resolve().name == "000002" and (run / "model").resolve().name == "000006"
     for name in ("best", "model"):
         AutoModelForCausalLM.from_pretrained(run / name)
+
+
+def test_a_kill_before_the_links_are_set(call, monkeypatch):
+    """Bug: the last checkpoint is written, but `model` shows the one before it for ever."""
+    def killed(link, target):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("run.Run.link", lambda self: self.step == 6 and killed(None, None))
+        call("sft", "--resume", "runs/town/sft", "--sft_steps", "6")
+    run = Path("runs/town/sft")
+    assert (run / "model").resolve().name == "000004" and (run / "checkpoints/000006").is_dir()
+    call("sft", "--resume", str(run), "--sft_steps", "6")
+    assert (run / "model").resolve().name == "000006"
+
+
+def test_overwriting(call, monkeypatch):
+    """Bug: a run is deleted before there is anything to take its place, or together with the model that it starts from."""
+    before = state("runs/town/sft")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("run.Run.save", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        call("sft", *TINY, "--overwrite", "--seed", "1")
+    assert Path("runs/town/sft.old/model/model.safetensors").exists()  # till the new run has its checkpoint 0
+    call("sft", *TINY, "--seed", "1")  # there is no run to overwrite
+    assert state("runs/town/sft") != before and not Path("runs/town/sft.old").exists()
+    call("grpo", *TINY, "--grpo_steps", "1")
+    with pytest.raises(BadInput, match="--overwrite would delete"):
+        call("grpo", *TINY, "--from", "runs/town/grpo", "--overwrite")
+
+
+def test_all_random_states_come_back():
+    """Bug: one of the global generators is forgotten, or restored in another state."""
+    draw = lambda: (random.random(), np.random.rand(), torch.rand(1).item())
+    state = random_state()
+    first, other = draw(), draw()
+    set_random_state(state)
+    assert draw() == first != other
 
 
 @pytest.mark.parametrize("arguments, complaint", [
@@ -165,7 +203,7 @@ def test_a_full_disk_is_one_sentence(call):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # what a full disk does to a large file
     try:
-        with pytest.raises(SystemExit, match="step 6 could not be saved.*\n.*--resume runs/town/sft"):
+        with pytest.raises(SystemExit, match="step 6 could not be saved.*\n.*000004 is whole: go on with --resume runs/town/sft"):
             call("sft", "--resume", "runs/town/sft", "--sft_steps", "6")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -180,7 +218,7 @@ def test_a_run_folder_cannot_run_code(call):
         def __reduce__(self):
             return Path("runs/malice").touch, ()
 
-    file = Path("runs/town/sft/model/state/optimizer.bin")
+    file = Path("runs/town/sft/model/training.pt")
     file.write_bytes(pickle.dumps(Malice(), protocol=2))
     with pytest.raises(pickle.UnpicklingError):
         call("sft", "--resume", "runs/town/sft", "--sft_steps", "5")
@@ -204,15 +242,15 @@ def test_killed_anywhere(call):
     run, rng, in_a_save = Path("runs/killed/grpo"), random.Random(0), 0
     file = run / "metrics.jsonl"
     for kill in range(51):
-        begun = (run / "model").exists()
+        begun = any(run.glob("checkpoints/0*"))
         arguments = ["--resume", str(run)] if begun else [*flags, "--name", "killed", "--from", "runs/town/sft"]
         process = subprocess.Popen([sys.executable, __file__, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         if kill == 50:
             break
         before = file.stat().st_ino if file.exists() else None
-        while process.poll() is None and (not file.exists() or file.stat().st_ino == before):  # until it begins to train
+        while process.poll() is None and (not file.exists() or file.stat().st_ino == before):  # until it takes up its checkpoint
             time.sleep(0.002)
-        time.sleep(rng.uniform(0, 0.4))
+        time.sleep(rng.uniform(0, 0.6))  # while it opens the model, trains, or saves
         assert process.poll() is None, process.stderr.read()[-2000:]
         process.kill()
         process.communicate()

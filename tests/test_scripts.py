@@ -66,7 +66,10 @@ def test_a_qa_file_end_to_end(tmp_path):
     script("sft.py", *QA, *TINY, "--max_response_tokens", 100, folder=tmp_path)
     script("grpo.py", *QA, *TINY, folder=tmp_path)
     check_runs(tmp_path, "hotpotqa")
-    out = script("evaluate.py", *QA, "--eval_tasks", 2, "--cpu", folder=tmp_path)
+    out = script("evaluate.py", "--name", "hotpotqa", folder=tmp_path, status=1)
+    assert "was trained on" in out
+    (tmp_path / "dev.json").write_text((DATA / "hotpotqa.json").read_text())
+    out = script("evaluate.py", *QA, "--data", "dev.json", "--eval_tasks", 2, "--cpu", folder=tmp_path)
     assert "grpo 20 documents" in out
     out = script("evaluate.py", *QA, "--eval_tasks", 10, "--gold", "--cpu", folder=tmp_path)
     assert "gold-facts demonstrator" in out
