@@ -64,7 +64,7 @@ def stop_after(monkeypatch, step):
 
 def metrics(run):
     """The metrics of each step, without those that tell the time."""
-    lines = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().split("\n")[:-1]]  # whole lines alone
     return [{name: value for name, value in line.items() if "second" not in name} for line in lines]
 
 
@@ -234,34 +234,40 @@ def test_a_place_that_cannot_be_written_to(tmp_path, monkeypatch):
         sft.main()
 
 
+KILLS = 50
+
+
 @pytest.mark.slow
 def test_killed_anywhere(call):
     """Bug: there is a moment at which a kill leaves a run that cannot go on, or that ends with other weights."""
     flags = [*TINY, *"--grpo_steps 300 --save_every 1 --tasks_per_step 1 --max_response_tokens 4 --eval_tasks 1".split()]
     call("grpo", *flags)
     run, rng, in_a_save = Path("runs/killed/grpo"), random.Random(0), 0
-    file = run / "metrics.jsonl"
-    for kill in range(51):
+    part, file = run / "checkpoints/part", run / "metrics.jsonl"
+    for kill in range(KILLS + 1):
         begun = any(run.glob("checkpoints/0*"))
         arguments = ["--resume", str(run)] if begun else [*flags, "--name", "killed", "--from", "runs/town/sft"]
         process = subprocess.Popen([sys.executable, __file__, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        if kill == 50:
+        if kill == KILLS:
             break
-        before = file.stat().st_ino if file.exists() else None
-        while process.poll() is None and (not file.exists() or file.stat().st_ino == before):  # until it takes up its checkpoint
-            time.sleep(0.002)
-        time.sleep(rng.uniform(0, 0.6))  # while it opens the model, trains, or saves
+        begin, until, before = time.monotonic(), rng.uniform(0, 3), len(metrics(run)) if begun else 0
+        reached = [lambda: time.monotonic() > begin + until,  # while it starts
+                   lambda: file.exists() and file.read_text().count("\n") > before + until,  # while it trains
+                   part.exists][kill % 3]  # while it saves
+        while process.poll() is None and not reached():
+            time.sleep(0.0005)
+        time.sleep(rng.choice([0, rng.uniform(0, 0.02), rng.uniform(0, 0.3)]))
         assert process.poll() is None, process.stderr.read()[-2000:]
         process.kill()
         process.communicate()
-        in_a_save += (run / "checkpoints/part").exists()
+        in_a_save += part.exists()
         if (run / "model").exists():
             AutoModelForCausalLM.from_pretrained(run / "model")
     _, errors = process.communicate()
     assert process.returncode == 0, errors[-2000:]
-    print(f"{in_a_save} of 50 kills came in a save")
-    assert in_a_save > 5
+    print(f"{in_a_save} of {KILLS} kills came in a save")
     assert metrics(run) == metrics("runs/town/grpo") and state(run) == state("runs/town/grpo")
+    assert in_a_save > KILLS / 10
 
 
 if __name__ == "__main__":  # grpo.py with the made-up reward, for test_killed_anywhere
