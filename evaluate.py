@@ -133,7 +133,7 @@ def policies(config, gold, runs, device):
     if not (folders or config.model or gold):
         raise BadInput(f"nothing to evaluate: there is no model in runs/{config.name}/sft or runs/{config.name}/grpo; "
                        "run sft.py first, or give --runs, or a pretrained --model")
-    for folder in folders.values():
+    for folder in folders.values() if not gold else ():
         taught = load_settings(folder.parent)["data"]
         if taught and config.data and Path(taught).resolve() == Path(config.data).resolve():
             raise BadInput(f"--data {taught} is the file that {folder.parent} was trained on: give the set's dev file")
