@@ -179,8 +179,6 @@ def main():
         if step % config.save_every == 0 or step == config.grpo_steps:
             metrics["held_out_em"] = summarize(evaluate(policy, held_out, config, embed))["em"]
         run.log(metrics)
-        if step % config.save_every == 0:
-            run.save()
     then = f"python evaluate.py --name {config.name}"
     run.finish(config.grpo_steps, then if config.task == "town" else f"{then} --data DEV_FILE")
 

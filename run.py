@@ -78,6 +78,10 @@ class Run:
         self.metrics = json.loads(lines[-1]) if lines else {}
         replace_file(path, "".join(lines))
 
+    def checkpoint_of(self, step):
+        """The folder of a step's checkpoint."""
+        return self.folder / "checkpoints" / f"{step:06d}"
+
     def checkpoints(self):
         """The folders of the complete checkpoints, oldest first."""
         return sorted(self.folder.glob("checkpoints/[0-9]*[0-9]"))
@@ -119,12 +123,19 @@ class Run:
         tqdm.write("stopping after this step; a second time stops at once")
 
     def steps(self, total):
-        """The numbers of the steps that are left of `total`, with a progress bar, until a signal comes."""
+        """The numbers of the steps that are left of `total`, with a progress bar, until a signal comes.
+
+        When the caller is through with a step, and has logged it, it is saved if it is due, or the last.
+        """
         with tqdm(total=total, initial=self.step, desc=self.folder.name, disable=None, unit="step") as bar:
             while self.step < total and not self.stopping:
                 self.step += 1
                 yield self.step
                 bar.update()
+                if self.step % self.config.save_every == 0:
+                    self.save()
+        if self.checkpoint != self.checkpoint_of(self.step):
+            self.save()
 
     def log(self, metrics):
         """Append the step's metrics to metrics.jsonl, print them on one line, and pass them to the tracker."""
@@ -138,7 +149,7 @@ class Run:
         """Write the checkpoint of this step: whole, on the disk, and only then under its name. SystemExit if that fails."""
         if (em := self.metrics.get("held_out_em")) is not None and (self.best is None or em > self.best[0]):
             self.best = [em, self.step]
-        folder, part = self.folder / "checkpoints" / f"{self.step:06d}", self.folder / "checkpoints" / "part"
+        part = self.folder / "checkpoints" / "part"
         with self.on_disk():
             shutil.rmtree(part, ignore_errors=True)
             self.policy.save(part)
@@ -147,19 +158,18 @@ class Run:
             (part / "progress.json").write_text(json.dumps({"step": self.step, "best": self.best, "start": self.start}))
             for path in [self.folder / "metrics.jsonl", *part.rglob("*"), part]:
                 flush(path)
-            part.rename(folder)
-            self.checkpoint = folder
+            self.checkpoint = part.rename(self.checkpoint_of(self.step))
             self.link()
 
     def link(self):
         """Let `model` and `best` show what they should; then delete the checkpoints that are no longer needed."""
-        best = f"{self.best[1]:06d}" if self.best else None
+        best = self.checkpoint_of(self.best[1]) if self.best else None
         replace_link(self.folder / "model", self.checkpoint)
         if best:
-            replace_link(self.folder / "best", self.checkpoint.with_name(best))
+            replace_link(self.folder / "best", best)
         flush(self.checkpoint.parent), flush(self.folder)
         for old in self.checkpoints()[:-2]:
-            if old.name != best:
+            if old != best:
                 shutil.rmtree(old)
 
     @contextmanager
@@ -172,9 +182,7 @@ class Run:
             raise SystemExit(f"{self.folder}: step {self.step} could not be saved: {error}\n{then}, when there is room") from error
 
     def finish(self, total, then):
-        """Save the last step, and say how to go on: by `then` if all the steps are done."""
-        if self.checkpoint.name != f"{self.step:06d}":
-            self.save()
+        """Give the signals and the tracker back, and say how to go on: by `then` if all the steps are done."""
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         self.accelerator.end_training()  # lets the tracker write what it still holds

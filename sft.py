@@ -300,8 +300,6 @@ def main():
         if step == config.sft_steps:
             metrics["held_out_em"] = summarize(evaluate(policy, held_out, config, embed))["em"]
         run.log(metrics)
-        if step % config.save_every == 0:
-            run.save()
     run.finish(config.sft_steps, f"python grpo.py --name {config.name}")
 
 

@@ -17,6 +17,9 @@ from policy import create_tiny, train_tokenizer
 from tasks import Question, Task, corpus
 
 DATA = Path(__file__).parent / "data"
+# Settings with which a script is done in a moment.
+TINY = "--cpu --hidden_size 32 --layers 1 --heads 1 --demonstrations 24 --sft_steps 4 --sft_batch 16 --tasks_per_step 2 " \
+       "--group_size 2 --grpo_steps 2 --save_every 1 --eval_tasks 4".split()
 
 
 class Scripted:

@@ -9,7 +9,6 @@ from conftest import gradients
 
 import grpo
 from config import Config
-from policy import LanguageModel
 
 
 def shaken(policy, seed):
@@ -21,10 +20,15 @@ def shaken(policy, seed):
     return other
 
 
-def logprobs(policy, prompt, ids):
-    """Log-probabilities (n,) of one response: one row, no padding, the whole vocabulary."""
+def distributions(policy, prompt, ids):
+    """Log-probabilities (n, known ids) at each place of one response: one row, no padding."""
     logits = policy.model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1] / policy.temperature
-    return logits[:, : policy.known_ids].log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0]
+    return logits[:, : policy.known_ids].log_softmax(-1)
+
+
+def logprobs(policy, prompt, ids):
+    """Log-probabilities (n,) of the tokens of one response."""
+    return distributions(policy, prompt, ids).gather(1, torch.tensor(ids)[:, None])[:, 0]
 
 
 @pytest.mark.parametrize("kl, updates", [(0.0, 1), (0.0, 2), (0.3, 2)])
@@ -88,12 +92,13 @@ def test_the_expected_gradient_is_that_of_the_expected_reward(tiny):
     """Bug: a bias that no single sample shows, such as a wrong baseline, or scoring another distribution than is sampled."""
     torch.manual_seed(0)
     actions, group, prompt = 12, 8, [5, 6, 7]
-    policy: LanguageModel = shaken(tiny, 3)
+    policy = shaken(tiny, 3)
     policy.known_ids, policy.end_ids, policy.temperature = actions, torch.arange(actions), 1.3  # every response is one token
     reward = torch.rand(actions)
     config = Config(max_grad_norm=1e9, micro_batch_tokens=10**5)
 
-    exact = logprobs_of_all(policy, prompt).exp() @ reward
+    [of_all] = distributions(policy, prompt, [0])  # of every one-token response
+    exact = of_all.exp() @ reward
     policy.zero_grad()
     exact.backward()
     expected = torch.cat([p.grad.flatten() for p in policy.parameters()])
@@ -107,9 +112,3 @@ def test_the_expected_gradient_is_that_of_the_expected_reward(tiny):
     # the group's mean holds the sample itself, which shortens the gradient to (G - 1) / G
     assert found.norm() / expected.norm() == pytest.approx((group - 1) / group, rel=0.05)
     assert metrics["gap"] < 1e-4
-
-
-def logprobs_of_all(policy, prompt):
-    """Log-probabilities (actions,) of every one-token response."""
-    logits = policy.model(torch.tensor([prompt])).logits[0, -1] / policy.temperature
-    return logits[: policy.known_ids].log_softmax(-1)

@@ -11,14 +11,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
+from conftest import TINY
 from transformers import AutoModelForCausalLM
-
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))  # for when this file is run as a script
 
 import grpo
 import sft
@@ -26,8 +25,7 @@ from agent import Episode
 from config import BadInput
 from run import Run, random_state, set_random_state
 
-TINY = "--cpu --hidden_size 32 --layers 1 --heads 1 --demonstrations 24 --sft_steps 4 --sft_batch 16 --tasks_per_step 2 " \
-       "--group_size 2 --grpo_steps 4 --save_every 2 --eval_tasks 3 --eval_temperature 0.7".split()
+TINY = [*TINY, *"--grpo_steps 4 --save_every 2 --eval_tasks 3 --eval_temperature 0.7".split()]
 STAGES = {"sft": sft, "grpo": grpo}
 
 
@@ -68,8 +66,8 @@ def metrics(run):
     return [{name: value for name, value in line.items() if "second" not in name} for line in lines]
 
 
-def state(run, names=("model.safetensors", "training.pt")):
-    """All that a checkpoint holds, as bytes or as one flat list."""
+def state(run):
+    """The weights, the optimisers' and the random states of the newest checkpoint, as one flat list."""
     flat = []
 
     def add(value):
@@ -80,9 +78,8 @@ def state(run, names=("model.safetensors", "training.pt")):
         else:
             flat.append(value.tolist() if hasattr(value, "tolist") else value)
 
-    for name in names:
-        path = Path(run) / "model" / name
-        add(path.read_bytes() if path.suffix == ".safetensors" else torch.load(path, weights_only=True))
+    add((Path(run) / "model/model.safetensors").read_bytes())
+    add(torch.load(Path(run) / "model/training.pt", weights_only=True))
     return flat
 
 
@@ -139,11 +136,12 @@ def test_checkpoints_kept(call):
 
 def test_a_kill_before_the_links_are_set(call, monkeypatch):
     """Bug: the last checkpoint is written, but `model` shows the one before it for ever."""
-    def killed(link, target):
-        raise KeyboardInterrupt
+    def killed(run):
+        if run.step == 6:
+            raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("run.Run.link", lambda self: self.step == 6 and killed(None, None))
+        patch.setattr("run.Run.link", killed)
         call("sft", "--resume", "runs/town/sft", "--sft_steps", "6")
     run = Path("runs/town/sft")
     assert (run / "model").resolve().name == "000004" and (run / "checkpoints/000006").is_dir()
@@ -155,7 +153,7 @@ def test_overwriting(call, monkeypatch):
     """Bug: a run is deleted before there is anything to take its place, or together with the model that it starts from."""
     before = state("runs/town/sft")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("run.Run.save", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("run.Run.save", Mock(side_effect=KeyboardInterrupt))
         call("sft", *TINY, "--overwrite", "--seed", "1")
     assert Path("runs/town/sft.old/model/model.safetensors").exists()  # till the new run has its checkpoint 0
     call("sft", *TINY, "--seed", "1")  # there is no run to overwrite

@@ -9,11 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import DATA
+from conftest import DATA, TINY
 
 ROOT = Path(__file__).parent.parent
-TINY = "--cpu --hidden_size 32 --layers 1 --heads 1 --demonstrations 24 --sft_steps 4 --sft_batch 16 --tasks_per_step 2 " \
-       "--group_size 2 --grpo_steps 2 --save_every 1 --eval_tasks 4".split()
 QA = ["--task", "hotpotqa", "--data", str(DATA / "hotpotqa.json"), "--documents", "20", "--questions", "1", "--chunk_tokens", "300"]
 
 
