@@ -31,7 +31,7 @@ class BadInput(SystemExit, ValueError):
 def setting(default, help):
     """A dataclass field whose `help` is its documentation here and in --help."""
     make = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
-    return field(**make, metadata={"help": help})
+    return field(**make, metadata={"help": help.replace("%", "%%")})  # argparse formats it
 
 
 @dataclass

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import pytest
@@ -57,3 +58,12 @@ def test_saved_settings_come_back(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"brightness": 3}))
     with pytest.raises(BadInput, match="brightness"):
         load_settings(tmp_path)
+
+
+def test_help_lists_every_setting(monkeypatch, capsys):
+    """Bug: a per cent sign in one field's help makes --help a traceback."""
+    with pytest.raises(SystemExit) as raised:
+        parsed(monkeypatch, "--help")
+    out = capsys.readouterr().out
+    assert raised.value.code == 0 and "over the last 60 % (default: 0.005)" in " ".join(out.split())
+    assert all(f"--{field.name}" in out for field in dataclasses.fields(Config))
