@@ -315,20 +315,22 @@ def execute(operation, episode, observation, vectors):
             operation.error = "that entry has been deleted in this turn"
 
 
-def mean_reward(episodes):
-    return sum(episode.reward for episode in episodes) / len(episodes)
-
-
-def summarize(episodes):
-    """Means over episodes and responses; the README's glossary says what each one means."""
+def tally(episodes):
+    """Sums over episodes, which may be added up with those of other processes, for `summarize`."""
     turns = [turn for episode in episodes for turn in episode.turns]
     operations = [operation for turn in turns for operation in turn.operations]
-    rates = {kind: sum(o.kind == kind and not o.error for o in operations) / len(turns) for kind in TAGS["paper"]}
-    scores = [score for episode in episodes for score in episode.scores]
-    return {"em": sum(scores) / len(scores)} | rates | {
-        "invalid": sum(bool(o.error) for o in operations) / len(turns),
-        "truncated": sum(turn.response.truncated for turn in turns) / len(turns),
-        "turns": len(turns) / len(episodes),
-        "tokens": sum(len(turn.response.ids) for turn in turns) / len(episodes),
-        "entries": sum(len(episode.memory) for episode in episodes) / len(episodes),
+    sums = {kind: sum(o.kind == kind and not o.error for o in operations) for kind in TAGS["paper"]}
+    return sums | {
+        "episodes": len(episodes), "responses": len(turns), "reward": sum(episode.reward for episode in episodes),
+        "questions": sum(len(episode.scores) for episode in episodes), "em": sum(sum(episode.scores) for episode in episodes),
+        "invalid": sum(bool(o.error) for o in operations), "truncated": sum(turn.response.truncated for turn in turns),
+        "tokens": sum(len(turn.response.ids) for turn in turns), "entries": sum(len(episode.memory) for episode in episodes),
     }
+
+
+def summarize(sums):
+    """Means over episodes, questions and responses; the README's glossary says what each one means."""
+    episodes, responses = sums["episodes"], sums["responses"]
+    return {"reward": sums["reward"] / episodes, "em": sums["em"] / sums["questions"],
+            **{name: sums[name] / responses for name in (*TAGS["paper"], "invalid", "truncated")},
+            "turns": responses / episodes, "tokens": sums["tokens"] / episodes, "entries": sums["entries"] / episodes}

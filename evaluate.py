@@ -14,6 +14,7 @@ of one task share a memory.
 
 import dataclasses
 import json
+import os
 import time
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from tqdm import tqdm
 
-from agent import TAGS, render, summarize
+from agent import TAGS, render, summarize, tally
 from config import BadInput, Config, load_settings, parse_args
 from memory import load_embedder
 from policy import evaluate, open_policy
@@ -53,7 +54,7 @@ def measure(label, episodes, config, seconds):
     row = {"label": label, "em": 100 * sum(em) / sum(counts), "low": 100 * low, "high": 100 * high,
            "f1": 100 * sum(overlap) / sum(counts), "questions": sum(counts), "tasks": len(episodes)}
     per_question = len(episodes) / sum(counts)
-    summary = summarize(episodes)
+    summary = summarize(tally(episodes))
     return summary | row | {name: summary[name] * per_question for name in ("turns", "tokens")} | {"seconds": seconds}
 
 
@@ -168,6 +169,8 @@ def main():
         ("--gold", dict(action="store_true", help="the scripted demonstrator in place of the model"))])
     if extra["curves"]:
         return draw_curves(extra["curves"], "curves.png")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise BadInput("evaluate.py works in one process: start it with python, not with a launcher")
     device = Accelerator(cpu=config.cpu).device
     set_seed(config.seed)
     count, contestants = policies(config, extra["gold"], extra["runs"], device)

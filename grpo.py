@@ -27,11 +27,11 @@ from pathlib import Path
 
 import torch
 
-from agent import run_episodes, summarize
+import parallel
+from agent import run_episodes, summarize, tally
 from config import RESUME, BadInput, Config, parse_args
 from memory import load_embedder
-from policy import (check_prompts, clip_and_step, count_bad_steps, evaluate, make_optimizers, micro_batches, open_policy,
-                    scale_lr, schedule)
+from policy import check_prompts, clip_and_step, count_bad_steps, make_optimizers, open_policy, scale_lr, schedule
 from run import Run, trained_model
 from tasks import load_tasks, scorer
 
@@ -83,45 +83,50 @@ def training_rows(episodes, advantages, all_rows=False):
     return rows, tokens
 
 
-def with_old(policy, rows, config):
+def with_old(wrapped, rows, accelerator, config):
     """The rows, each with its log-probs (n,) under the present policy as one more item: pi_old of the updates to come."""
     scored = []
     with torch.no_grad():
-        for batch in micro_batches(rows, config.micro_batch_tokens):
-            logprobs, _ = policy(batch)
-            scored += [(*row, part) for row, part in zip(batch, logprobs.split([len(row[1]) for row in batch]))]
+        for batch in parallel.shared_batches(accelerator, rows, config):
+            logprobs, _ = wrapped(batch)
+            parts = logprobs.split([len(row[1]) for row in batch])
+            scored += [(*row, part) for row, part in zip(batch, parts) if row is not parallel.IDLE]
     return scored
 
 
 def update(wrapped, reference, rows, tokens, optimizers, accelerator, config):
-    """One optimiser step on `rows`, of training_rows or with_old. Returns its metrics."""
-    totals = dict.fromkeys(("loss", "entropy", "clipped", "kl", "ratio"), 0.0)
-    gap = 0.0
-    for batch in micro_batches(rows, config.micro_batch_tokens):
+    """One optimiser step on `rows`, this process's, of training_rows or with_old; `tokens` is the N of all processes.
+
+    Returns its metrics, also of all processes.
+    """
+    totals, gap = dict.fromkeys(("loss", "entropy", "clipped", "kl", "ratio", "scored"), 0.0), 0.0
+    for batch in parallel.shared_batches(accelerator, rows, config):
         logprobs, entropy = wrapped(batch)  # (n,)
         sizes = torch.tensor([len(row[1]) for row in batch], device=logprobs.device)
         advantages = torch.tensor([row[3] for row in batch], device=logprobs.device).repeat_interleave(sizes)  # (n,)
         sampled = torch.tensor([x for row in batch for x in row[2]], device=logprobs.device)
-        old = torch.cat([row[4] for row in batch]) if len(batch[0]) > 4 else logprobs.detach()
+        old = torch.cat([row[4] for row in batch]).to(logprobs) if len(batch[0]) > 4 else logprobs.detach()
         losses = policy_loss(logprobs, old, advantages, config.clip_low, config.clip_high)
         if config.kl:
             with torch.no_grad():
                 target, _ = reference(batch)
             kl = kl_k3(logprobs, target)
             losses, totals["kl"] = losses + config.kl * kl, totals["kl"] + kl.sum().item()
-        # One denominator for the whole step: micro-batches and their order do not matter.
-        accelerator.backward(losses.sum() / tokens)
+        # One denominator for the whole step: micro-batches, their order, and whose they are do not matter.
+        accelerator.backward(losses.sum() * accelerator.num_processes / tokens)
         with torch.no_grad():
             ratio = (logprobs - old).exp()
             totals["loss"] += losses.sum().item()
             totals["entropy"] += entropy.sum().item()
             totals["clipped"] += ((ratio < 1 - config.clip_low) | (ratio > 1 + config.clip_high)).sum().item()
             totals["ratio"] += (logprobs - sampled).exp().sum().item()
-            gap = max(gap, (logprobs - sampled).abs().max().item())
-    norm = clip_and_step(accelerator, wrapped, optimizers, config.max_grad_norm)
-    scored = sum(len(row[1]) for row in rows)
+            totals["scored"] += len(logprobs)
+            gap = max([gap, *(logprobs - sampled).abs().tolist()])
+    norm = clip_and_step(wrapped, optimizers, config.max_grad_norm)
+    totals = parallel.total(accelerator, totals)
+    scored = totals.pop("scored")
     return {name: total / scored for name, total in totals.items()} | {
-        "loss": totals["loss"] / tokens, "gap": gap, "grad_norm": norm}
+        "loss": totals["loss"] / tokens, "gap": max(parallel.gather(accelerator, gap)), "grad_norm": norm}
 
 
 def find_start(config, start):
@@ -144,40 +149,45 @@ def main():
     run.start = run.start or find_start(config, extra["start"])
     if Path(run.start).resolve().is_relative_to(run.folder.resolve()) and not run.checkpoint:
         raise BadInput(f"--overwrite would delete {run.start}, from which this run is to start: choose another --name")
-    policy = open_policy(str(run.checkpoint or run.start), config).to(accelerator.device)
-    reference = open_policy(run.start, config).to(accelerator.device).requires_grad_(False) if config.kl else None
+    policy = open_policy(str(run.checkpoint or run.start), config)
+    reference = parallel.frozen(accelerator, open_policy(run.start, config)) if config.kl else None
     embed = load_embedder(config.embedder, accelerator.device)
     stream, dev = load_tasks(config, "train", policy.count), load_tasks(config, "dev", policy.count)
     held_out = [dev(index) for index in range(min(100, config.eval_tasks))]
     check_prompts(policy, held_out, config)
-    optimizers = [accelerator.prepare(optimizer) for optimizer in make_optimizers(policy, config.grpo_lr, config.optimizer)]
-    wrapped = accelerator.prepare(policy)
+    wrapped = parallel.distribute(accelerator, policy)
+    optimizers = make_optimizers(policy, config.grpo_lr, config.optimizer)
+    player = parallel.rollout_policy(accelerator, policy)
     run.begin(policy, optimizers)
     for step in run.steps(config.grpo_steps):
         started = time.perf_counter()
         first = config.demonstrations + (step - 1) * config.tasks_per_step  # tasks that SFT has not seen
-        tasks = [stream(index) for index in range(first, first + config.tasks_per_step)]
-        tasks = [task for task in tasks for _ in range(config.group_size)]
-        episodes = run_episodes(tasks, policy, config, embed, scorer(config))
+        tasks = [stream(index) for index in parallel.share(accelerator, range(first, first + config.tasks_per_step))]
+        episodes = run_episodes([task for task in tasks for _ in range(config.group_size)], player, config, embed, scorer(config))
         rollout_seconds = time.perf_counter() - started
-        rewards = torch.tensor([episode.reward for episode in episodes]).view(-1, config.group_size)
+        rewards = torch.tensor([episode.reward for episode in episodes]).view(len(tasks), config.group_size)
         advantages = group_advantages(rewards)
         rows, tokens = training_rows(episodes, advantages.flatten().tolist(), all_rows=config.kl > 0)
-        if config.updates_per_rollout > 1:
-            rows = with_old(policy, rows, config)
+        sums = parallel.total(accelerator, tally(episodes) | {
+            "dead_groups": (advantages == 0).all(1).sum().item(), "response_tokens": tokens, "rows": len(rows),
+            "row_tokens": sum(len(row[0]) + len(row[1]) for row in rows)})
+        number_of_updates = config.updates_per_rollout if sums["rows"] else 0
+        if number_of_updates > 1:
+            rows = with_old(wrapped, rows, accelerator, config)
         factor = schedule(step, config.grpo_steps, config.warmup_steps, config.grpo_decay)
         scale_lr(optimizers, factor)
-        updates = [update(wrapped, reference, rows, tokens, optimizers, accelerator, config)
-                   for _ in range(config.updates_per_rollout if rows else 0)]
+        updates = [update(wrapped, reference, rows, sums["response_tokens"], optimizers, accelerator, config)
+                   for _ in range(number_of_updates)]
+        parallel.refresh(player, policy)
         bad_steps = count_bad_steps(run.metrics.get("bad_steps", 0), [one["grad_norm"] for one in updates])
         seconds = time.perf_counter() - started
-        metrics = {"reward": rewards.mean(), "dead_groups": (advantages == 0).all(1).float().mean(), **summarize(episodes)}
+        metrics = {"dead_groups": sums["dead_groups"] / config.tasks_per_step, **summarize(sums)}
         if updates:  # of several, the first one tells how well sampler and trainer agree
             metrics |= updates[-1] | {name: updates[0][name] for name in ("ratio", "gap")}
         metrics |= {"lr": factor * config.grpo_lr, "bad_steps": bad_steps, "rollout_seconds": rollout_seconds,
-                    "seconds": seconds, "tokens_per_second": sum(len(row[0]) + len(row[1]) for row in rows) / seconds}
+                    "seconds": seconds, "tokens_per_second": sums["row_tokens"] / seconds}
         if step % config.save_every == 0 or step == config.grpo_steps:
-            metrics["held_out_em"] = summarize(evaluate(policy, held_out, config, embed))["em"]
+            metrics["held_out_em"] = parallel.held_out_em(accelerator, player, held_out, config, embed)
         run.log(metrics)
     then = f"python evaluate.py --name {config.name}"
     run.finish(config.grpo_steps, then if config.task == "town" else f"{then} --data DEV_FILE")

@@ -7,6 +7,7 @@ import math
 
 import torch
 from jinja2 import TemplateError
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from transformers import (AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedTokenizerFast, Qwen3Config,
                           Qwen3ForCausalLM)
@@ -156,12 +157,13 @@ class LanguageModel(torch.nn.Module):
         ids = torch.tensor([prompt + response + [0] * (length - len(prompt) - len(response)) for prompt, response, *_ in rows])
         # The token at position t is predicted at t - 1. Masks come from lengths alone, never from token values.
         where = torch.tensor([row * length + len(prompt) - 1 + t
-                              for row, (prompt, response, *_) in enumerate(rows) for t in range(len(response))])
-        targets = torch.tensor([id for _, response, *_ in rows for id in response], device=self.device)
+                              for row, (prompt, response, *_) in enumerate(rows) for t in range(len(response))],
+                             dtype=torch.long, device=self.device)
+        targets = torch.tensor([id for _, response, *_ in rows for id in response], dtype=torch.long, device=self.device)
         # Padding stands on the right, where a causal model's real tokens never see it: no attention mask is needed.
         with self.autocast():
             hidden = self.model.get_decoder()(input_ids=ids.to(self.device), use_cache=False).last_hidden_state  # (B, T, D)
-        hidden = hidden.flatten(0, 1)[where.to(self.device)]  # (N, D)
+        hidden = hidden.flatten(0, 1)[where]  # (N, D)
         tokens = max(1, LOGIT_SLICE // self.model.config.vocab_size)
         parts = [checkpoint(self._score, h, t, use_reentrant=False) if len(hidden) > tokens else self._score(h, t)
                  for h, t in zip(hidden.split(tokens), targets.split(tokens))]
@@ -177,9 +179,9 @@ class LanguageModel(torch.nn.Module):
 
     # --- files ---
 
-    def save(self, folder):
-        """Write a folder that AutoModelForCausalLM and AutoTokenizer open."""
-        self.model.save_pretrained(folder)
+    def save(self, folder, weights=None):
+        """Write a folder that AutoModelForCausalLM and AutoTokenizer open. weights: the state dictionary, if not the model's."""
+        self.model.save_pretrained(folder, state_dict=weights)
         self.tokenizer.save_pretrained(folder)
 
 
@@ -274,9 +276,10 @@ def schedule(step, steps, warmup, decay):
     return min(1.0, step / max(1, warmup), falling)
 
 
-def clip_and_step(accelerator, wrapped, optimizers, max_norm):
+def clip_and_step(policy, optimizers, max_norm):
     """Clip the gradient, step and zero it. Returns its norm before clipping; a step with a non-finite one is left out."""
-    norm = accelerator.clip_grad_norm_(wrapped.parameters(), max_norm).item()
+    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), max_norm)
+    norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()  # sharded weights have a sharded norm
     for optimizer in optimizers:
         if math.isfinite(norm):
             optimizer.step()

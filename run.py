@@ -10,17 +10,21 @@ import random
 import shutil
 import signal
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import InitProcessGroupKwargs, set_seed
 from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers.utils import logging
 
+import parallel
 from config import BadInput, load_settings
+
+PATIENCE = timedelta(hours=2)  # how long a process waits for the rollouts of another
 
 
 def trained_model(config, stage):
@@ -56,14 +60,14 @@ class Run:
             raise BadInput(f"{self.folder} already holds a run: go on with it by --resume {self.folder}, choose another --name, or "
                            "replace it with --overwrite")
         try:
-            self.accelerator = Accelerator(cpu=config.cpu, log_with=config.log_with or None, project_dir=self.folder)
+            self.accelerator = Accelerator(cpu=config.cpu or not torch.accelerator.is_available(), log_with=config.log_with or None,
+                                           project_dir=self.folder, kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)])
         except ValueError as error:
             raise BadInput(f"--log_with {config.log_with}: {error}") from error
         if config.log_with and not self.accelerator.log_with:
             raise BadInput(f"--log_with {config.log_with}: that tracker is not installed")
-        if self.accelerator.num_processes > 1:
-            raise BadInput("this version trains in one process only: start it with python, not with accelerate launch")
-        set_seed(config.seed)
+        self.main = self.accelerator.is_main_process  # the one that writes
+        set_seed(config.seed + self.accelerator.process_index)
         if resume:
             self.take_up(self.checkpoints()[-1])
 
@@ -76,7 +80,8 @@ class Run:
         if len(lines) < self.step:
             raise BadInput(f"{path} ends before step {self.step}, which {checkpoint} has: it has been changed")
         self.metrics = json.loads(lines[-1]) if lines else {}
-        replace_file(path, "".join(lines))
+        if self.main:
+            replace_file(path, "".join(lines))
 
     def checkpoint_of(self, step):
         """The folder of a step's checkpoint."""
@@ -95,23 +100,30 @@ class Run:
         logging.disable_progress_bar()  # transformers' own, one for every checkpoint
         self.policy, self.optimizers = policy, optimizers
         if self.checkpoint:
-            state = torch.load(self.checkpoint / "training.pt", map_location="cpu", weights_only=True)
+            state = torch.load(self.checkpoint / "training.pt", map_location="cpu", weights_only=True, mmap=True)
             for optimizer, values in zip(optimizers, state["optimizers"], strict=True):
-                optimizer.load_state_dict(values)
-            set_random_state(state["random"])
-            replace_file(self.folder / "config.json", self.config.json())
-            self.link()
+                parallel.load_optimizer(optimizer, values)
+            process = self.accelerator.process_index
+            if len(state["random"]) == self.accelerator.num_processes:
+                set_random_state(state["random"][process])
+            else:  # the numbers to come cannot be had, but those that have been are not drawn again
+                set_seed(random.Random(f"{self.config.seed} {self.step} {process}").getrandbits(32))
+            if self.main:
+                replace_file(self.folder / "config.json", self.config.json())
+                self.link()
         else:
             old = self.folder.with_name(self.folder.name + ".old")  # a run that --overwrite replaces, or without a checkpoint
-            shutil.rmtree(old, ignore_errors=True)
-            if self.folder.exists():
-                self.folder.rename(old)
-            with self.on_disk():
-                (self.folder / "checkpoints").mkdir(parents=True)
-                (self.folder / "metrics.jsonl").touch()
-                replace_file(self.folder / "config.json", self.config.json())
+            if self.main:
+                shutil.rmtree(old, ignore_errors=True)
+                if self.folder.exists():
+                    self.folder.rename(old)
+                with self.on_disk():
+                    (self.folder / "checkpoints").mkdir(parents=True)
+                    (self.folder / "metrics.jsonl").touch()
+                    replace_file(self.folder / "config.json", self.config.json())
             self.save()
-            shutil.rmtree(old, ignore_errors=True)
+            if self.main:
+                shutil.rmtree(old, ignore_errors=True)
         if self.config.log_with:
             self.accelerator.init_trackers("atommem")
         self.handlers = {number: signal.signal(number, self.stop) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -127,8 +139,8 @@ class Run:
 
         When the caller is through with a step, and has logged it, it is saved if it is due, or the last.
         """
-        with tqdm(total=total, initial=self.step, desc=self.folder.name, disable=None, unit="step") as bar:
-            while self.step < total and not self.stopping:
+        with tqdm(total=total, initial=self.step, desc=self.folder.name, disable=None if self.main else True, unit="step") as bar:
+            while self.step < total and not any(parallel.gather(self.accelerator, self.stopping)):
                 self.step += 1
                 yield self.step
                 bar.update()
@@ -140,26 +152,39 @@ class Run:
     def log(self, metrics):
         """Append the step's metrics to metrics.jsonl, print them on one line, and pass them to the tracker."""
         self.metrics = {"step": self.step} | {name: round(float(value), 6) for name, value in metrics.items()}
+        if not self.main:
+            return
         with self.on_disk(), open(self.folder / "metrics.jsonl", "a") as file:
             file.write(json.dumps(self.metrics) + "\n")
         tqdm.write("  ".join([f"step {self.step}", *(f"{name} {float(value):.4g}" for name, value in metrics.items())]))
         self.accelerator.log(metrics, step=self.step)
 
     def save(self):
-        """Write the checkpoint of this step: whole, on the disk, and only then under its name. SystemExit if that fails."""
+        """Write the checkpoint of this step: whole, on the disk, and only then under its name. SystemExit if that fails.
+
+        A meeting of all processes, of which the main one writes.
+        """
         if (em := self.metrics.get("held_out_em")) is not None and (self.best is None or em > self.best[0]):
             self.best = [em, self.step]
+        weights, states = parallel.training_state(self.policy, self.optimizers, keep=self.main)
+        training = {"optimizers": states, "random": parallel.gather(self.accelerator, random_state())}
+        if self.main:
+            with self.on_disk():
+                self.write(weights, training)
+        self.accelerator.wait_for_everyone()
+        self.checkpoint = self.checkpoint_of(self.step)
+
+    def write(self, weights, training):
+        """Save's part of the main process."""
         part = self.folder / "checkpoints" / "part"
-        with self.on_disk():
-            shutil.rmtree(part, ignore_errors=True)
-            self.policy.save(part)
-            torch.save({"optimizers": [optimizer.state_dict() for optimizer in self.optimizers], "random": random_state()},
-                       part / "training.pt")
-            (part / "progress.json").write_text(json.dumps({"step": self.step, "best": self.best, "start": self.start}))
-            for path in [self.folder / "metrics.jsonl", *part.rglob("*"), part]:
-                flush(path)
-            self.checkpoint = part.rename(self.checkpoint_of(self.step))
-            self.link()
+        shutil.rmtree(part, ignore_errors=True)
+        self.policy.save(part, weights)
+        torch.save(training, part / "training.pt")
+        (part / "progress.json").write_text(json.dumps({"step": self.step, "best": self.best, "start": self.start}))
+        for path in [self.folder / "metrics.jsonl", *part.rglob("*"), part]:
+            flush(path)
+        self.checkpoint = part.rename(self.checkpoint_of(self.step))
+        self.link()
 
     def link(self):
         """Let `model` and `best` show what they should; then delete the checkpoints that are no longer needed."""
@@ -187,7 +212,7 @@ class Run:
             signal.signal(number, handler)
         self.accelerator.end_training()  # lets the tracker write what it still holds
         done = self.step >= total
-        print(f"{self.step} steps, saved in {self.folder}; " + (f"next: {then}" if done else
+        self.accelerator.print(f"{self.step} steps, saved in {self.folder}; " + (f"next: {then}" if done else
               f"to go on: python {self.folder.name}.py --resume {self.folder}"))
 
 
@@ -195,15 +220,15 @@ def random_state():
     """The states of all global random number generators, in types that torch.load takes from a stranger."""
     name, keys, *rest = np.random.get_state()
     return {"python": random.getstate(), "numpy": (name, keys.tolist(), *rest), "torch": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state_all()}  # one for each GPU
+            "cuda": [torch.cuda.get_rng_state()] if torch.cuda.is_available() else []}  # of this process's GPU
 
 
 def set_random_state(state):
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
-    if len(state["cuda"]) == torch.cuda.device_count():  # else it goes on elsewhere, where the same numbers cannot be had
-        torch.cuda.set_rng_state_all(state["cuda"])
+    if state["cuda"] and torch.cuda.is_available():  # else it goes on elsewhere, where the same numbers cannot be had
+        torch.cuda.set_rng_state(state["cuda"][0])
 
 
 def replace_file(path, text):

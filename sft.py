@@ -21,11 +21,11 @@ import time
 from tqdm import tqdm
 
 import tasks as town
-from agent import TAGS, Response, mean_reward, run_episodes, summarize
+import parallel
+from agent import TAGS, Response, run_episodes, summarize, tally
 from config import RESUME, BadInput, parse_args
 from memory import load_embedder
-from policy import (check_prompts, clip_and_step, count_bad_steps, evaluate, make_optimizers, micro_batches, open_policy,
-                    scale_lr, schedule)
+from policy import check_prompts, clip_and_step, count_bad_steps, make_optimizers, open_policy, scale_lr, schedule
 from run import Run
 from tasks import load_tasks, scorer, sentence
 
@@ -202,8 +202,11 @@ def workflow_shares(config):
     return WORKFLOWS
 
 
-def demonstrate(tasks, config, embed, count):
-    """Demonstrated episodes of `tasks`, unfiltered; which workflow plays a task of the town is drawn from the shares."""
+def demonstrate(tasks, config, embed, count, quiet=False):
+    """Demonstrated episodes of `tasks`, unfiltered; which workflow plays a task of the town is drawn from the shares.
+
+    quiet: without a progress bar.
+    """
     if config.task != "town":
         groups = [(GoldDemonstrator(tasks, config, count), tasks)]
     else:
@@ -211,7 +214,7 @@ def demonstrate(tasks, config, embed, count):
         drawn = rng.choices(list(shares), list(shares.values()), k=len(tasks))
         groups = [(TownDemonstrator(name, config), [task for task, one in zip(tasks, drawn) if one == name]) for name in shares]
     episodes = []
-    with tqdm(total=len(tasks), desc="demonstrations", disable=None, unit="episode") as bar:
+    with tqdm(total=len(tasks), desc="demonstrations", disable=quiet or None, unit="episode") as bar:
         for demonstrator, tasks in groups:
             for start in range(0, len(tasks), 500):
                 episodes += run_episodes(tasks[start : start + 500], demonstrator, config, embed, scorer(config))
@@ -265,40 +268,42 @@ def main():
     config, extra = parse_args("Supervised fine-tuning on demonstrations.", extra=[RESUME])
     run = Run(config, "sft", extra["resume"])
     accelerator = run.accelerator
-    policy = open_policy(str(run.checkpoint or config.model), config).to(accelerator.device)
+    policy = open_policy(str(run.checkpoint or config.model), config)
     embed = load_embedder(config.embedder, accelerator.device)
     stream, dev, taught = load_tasks(config, "train", policy.count), load_tasks(config, "dev", policy.count), []
     held_out = [dev(index) for index in range(min(100, config.eval_tasks))]
     check_prompts(policy, held_out, config)
     for share, tasks in lessons(config, stream):
-        episodes = demonstrate(tasks, config, embed, policy.count)
+        episodes = demonstrate(tasks, config, embed, policy.count, quiet=not accelerator.is_main_process)
         kept = [episode for episode in episodes if episode.reward >= config.keep_score]
         if not kept:
             raise BadInput(f"no demonstration reached --keep_score {config.keep_score}: nothing to learn from")
         taught.append((share, rows_of(kept, policy)))
-        print(f"{len(episodes)} demonstrations, mean score {mean_reward(episodes):.3f}; "
-              f"{len(kept)} kept, which make {len(taught[-1][1])} rows")
+        accelerator.print(f"{len(episodes)} demonstrations, mean score {summarize(tally(episodes))['reward']:.3f}; "
+                          f"{len(kept)} kept, which make {len(taught[-1][1])} rows")
 
-    optimizers = [accelerator.prepare(optimizer) for optimizer in make_optimizers(policy, config.sft_lr, config.optimizer)]
-    wrapped = accelerator.prepare(policy)
+    wrapped = parallel.distribute(accelerator, policy)
+    optimizers = make_optimizers(policy, config.sft_lr, config.optimizer)
     run.begin(policy, optimizers)
     for step, batch in zip(run.steps(config.sft_steps), itertools.islice(batches(taught, config), run.step, None)):
         started = time.perf_counter()
         factor = schedule(step, config.sft_steps, warmup=config.sft_steps // 10, decay=0.6)
         scale_lr(optimizers, factor)
-        tokens, loss_sum, sure = sum(len(response) for _, response in batch), 0.0, 0
-        for rows in micro_batches(batch, config.micro_batch_tokens):
+        tokens, sums = sum(len(response) for _, response in batch), {"loss": 0.0, "sure": 0}
+        for rows in parallel.shared_batches(accelerator, parallel.share(accelerator, batch), config):
             logprobs, _ = wrapped(rows)  # (N,)
-            accelerator.backward(-logprobs.sum() / tokens)
-            loss_sum -= logprobs.sum().item()
-            sure += (logprobs > math.log(0.5)).sum().item()
-        norm = clip_and_step(accelerator, wrapped, optimizers, config.max_grad_norm)
+            accelerator.backward(-logprobs.sum() * accelerator.num_processes / tokens)
+            sums["loss"] -= logprobs.sum().item()
+            sums["sure"] += (logprobs > math.log(0.5)).sum().item()
+        norm = clip_and_step(wrapped, optimizers, config.max_grad_norm)
+        sums = parallel.total(accelerator, sums)
         bad_steps = count_bad_steps(run.metrics.get("bad_steps", 0), [norm])
         seconds, trained_on = time.perf_counter() - started, sum(len(prompt) + len(response) for prompt, response in batch)
-        metrics = {"loss": loss_sum / tokens, "sure": sure / tokens, "lr": factor * config.sft_lr, "grad_norm": norm,
+        metrics = {"loss": sums["loss"] / tokens, "sure": sums["sure"] / tokens, "lr": factor * config.sft_lr, "grad_norm": norm,
                    "bad_steps": bad_steps, "seconds": seconds, "tokens_per_second": trained_on / seconds}
         if step == config.sft_steps:
-            metrics["held_out_em"] = summarize(evaluate(policy, held_out, config, embed))["em"]
+            player = parallel.rollout_policy(accelerator, policy)
+            metrics["held_out_em"] = parallel.held_out_em(accelerator, player, held_out, config, embed)
         run.log(metrics)
     run.finish(config.sft_steps, f"python grpo.py --name {config.name}")
 

@@ -74,9 +74,12 @@ def embed():
     return HashedEmbedder()
 
 
+def tiny_policy(seed=42):
+    """A very small policy for the town, with random weights."""
+    config = Config(hidden_size=32, layers=2, heads=1, seed=seed)
+    return create_tiny(train_tokenizer(corpus(config), config, word_level=True), config)
+
+
 @pytest.fixture
 def tiny():
-    """A very small policy for the town, with random weights."""
-    torch.manual_seed(0)
-    config = Config(hidden_size=32, layers=2, heads=1)
-    return create_tiny(train_tokenizer(corpus(config), config, word_level=True), config)
+    return tiny_policy()

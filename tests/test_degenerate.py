@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from conftest import Scripted, make_task
 
 import grpo
-from agent import Episode, mean_reward, run_episodes
+from agent import Episode, run_episodes, summarize, tally
 from config import Config
 from memory import Memory
 from policy import LanguageModel, count_bad_steps, make_optimizers, open_policy
@@ -152,4 +152,5 @@ def test_more_entries_asked_for_than_there_are(embed):
 
 def test_mean_reward_of_many(config, embed):
     """Bug: an episode that answers nothing is left out of the mean."""
-    assert mean_reward([play(config, embed, []), play(config, embed, ["", "", "<answer>Ben</answer>"])]) == 0.5
+    episodes = [play(config, embed, []), play(config, embed, ["", "", "<answer>Ben</answer>"])]
+    assert summarize(tally(episodes))["reward"] == 0.5
