@@ -154,7 +154,7 @@ class Config:
 PRESETS = {
     "town": {},
     "qa": dict(questions=0, documents=50, chunk_tokens=384, top_k=6, max_prompt_tokens=1536, max_response_tokens=192,
-               demonstrations=200, sft_steps=300, sft_batch=16, sft_lr=3e-3, grpo_steps=20, tasks_per_step=2, group_size=4,
+               demonstrations=100, sft_steps=400, sft_batch=32, grpo_steps=20, tasks_per_step=2, group_size=4,
                grpo_lr=3e-4, sample_rows=64, eval_tasks=50, micro_batch_tokens=4096),
     "pretrained": dict(questions=0, documents=50, chunk_tokens=2048, top_k=6, max_prompt_tokens=8192, max_response_tokens=1024,
                        optimizer="adamw", demonstrations=400, sft_steps=100, sft_batch=16, sft_lr=1e-5, grpo_steps=100,
