@@ -65,6 +65,7 @@ class Config:
     # --- training, both stages -----------------------------------------------------------------
     optimizer: str = setting("muon", "'muon' (matrices; AdamW for the rest) or 'adamw'")
     micro_batch_tokens: int = setting(2048, "most tokens, padding included, in one forward and backward pass")
+    recompute: bool = setting(False, "recompute the layers in the backward pass: a third more work, a fraction of the memory")
     max_grad_norm: float = setting(1.0, "gradients are clipped to this norm")
     seed: int = setting(42, "seed of everything random (paper: 42)")
     # --- sft.py --------------------------------------------------------------------------------
@@ -163,7 +164,7 @@ PRESETS = {
     "paper": dict(task="hotpotqa", model="Qwen/Qwen3-8B", embedder="Qwen/Qwen3-Embedding-0.6B", questions=0, documents=200,
                   chunk_tokens=4096, top_k=6, max_prompt_tokens=16384, max_response_tokens=4096, optimizer="adamw",
                   sft_lr=1e-5, tasks_per_step=16, group_size=16, grpo_lr=1e-6, grpo_decay=0.0, warmup_steps=20,
-                  eval_temperature=0.7, sample_rows=64, micro_batch_tokens=16384),
+                  eval_temperature=0.7, sample_rows=8, micro_batch_tokens=16384, recompute=True),
 }
 
 

@@ -87,7 +87,7 @@ def with_old(wrapped, rows, accelerator, config):
     """The rows, each with its log-probs (n,) under the present policy as one more item: pi_old of the updates to come."""
     scored = []
     with torch.no_grad():
-        for batch in parallel.shared_batches(accelerator, rows, config):
+        for batch in parallel.shared_batches(accelerator, wrapped, rows, config):
             logprobs, _ = wrapped(batch)
             parts = logprobs.split([len(row[1]) for row in batch])
             scored += [(*row, part) for row, part in zip(batch, parts) if row is not parallel.IDLE]
@@ -100,7 +100,7 @@ def update(wrapped, reference, rows, tokens, optimizers, accelerator, config):
     Returns its metrics, also of all processes.
     """
     totals, gap = dict.fromkeys(("loss", "entropy", "clipped", "kl", "ratio", "scored"), 0.0), 0.0
-    for batch in parallel.shared_batches(accelerator, rows, config):
+    for batch in parallel.shared_batches(accelerator, wrapped, rows, config):
         logprobs, entropy = wrapped(batch)  # (n,)
         sizes = torch.tensor([len(row[1]) for row in batch], device=logprobs.device)
         advantages = torch.tensor([row[3] for row in batch], device=logprobs.device).repeat_interleave(sizes)  # (n,)
@@ -113,7 +113,7 @@ def update(wrapped, reference, rows, tokens, optimizers, accelerator, config):
             kl = kl_k3(logprobs, target)
             losses, totals["kl"] = losses + config.kl * kl, totals["kl"] + kl.sum().item()
         # One denominator for the whole step: micro-batches, their order, and whose they are do not matter.
-        accelerator.backward(losses.sum() * accelerator.num_processes / tokens)
+        (losses.sum() * accelerator.num_processes / tokens).backward()
         with torch.no_grad():
             ratio = (logprobs - old).exp()
             totals["loss"] += losses.sum().item()
@@ -121,7 +121,7 @@ def update(wrapped, reference, rows, tokens, optimizers, accelerator, config):
             totals["clipped"] += ((ratio < 1 - config.clip_low) | (ratio > 1 + config.clip_high)).sum().item()
             totals["ratio"] += (logprobs - sampled).exp().sum().item()
             totals["scored"] += len(logprobs)
-            gap = max([gap, *(logprobs - sampled).abs().tolist()])
+            gap = max(gap, (logprobs - sampled).abs().max().item()) if len(logprobs) else gap
     norm = clip_and_step(wrapped, optimizers, config.max_grad_norm)
     totals = parallel.total(accelerator, totals)
     scored = totals.pop("scored")
@@ -150,12 +150,12 @@ def main():
     if Path(run.start).resolve().is_relative_to(run.folder.resolve()) and not run.checkpoint:
         raise BadInput(f"--overwrite would delete {run.start}, from which this run is to start: choose another --name")
     policy = open_policy(str(run.checkpoint or run.start), config)
-    reference = parallel.frozen(accelerator, open_policy(run.start, config)) if config.kl else None
     embed = load_embedder(config.embedder, accelerator.device)
     stream, dev = load_tasks(config, "train", policy.count), load_tasks(config, "dev", policy.count)
     held_out = [dev(index) for index in range(min(100, config.eval_tasks))]
     check_prompts(policy, held_out, config)
     wrapped = parallel.distribute(accelerator, policy)
+    reference = parallel.frozen(accelerator, open_policy(run.start, config)) if config.kl else None
     optimizers = make_optimizers(policy, config.grpo_lr, config.optimizer)
     player = parallel.rollout_policy(accelerator, policy)
     run.begin(policy, optimizers)
@@ -164,7 +164,7 @@ def main():
         first = config.demonstrations + (step - 1) * config.tasks_per_step  # tasks that SFT has not seen
         tasks = [stream(index) for index in parallel.share(accelerator, range(first, first + config.tasks_per_step))]
         episodes = run_episodes([task for task in tasks for _ in range(config.group_size)], player, config, embed, scorer(config))
-        rollout_seconds = time.perf_counter() - started
+        rollout_seconds = max(parallel.gather(accelerator, time.perf_counter() - started))
         rewards = torch.tensor([episode.reward for episode in episodes]).view(len(tasks), config.group_size)
         advantages = group_advantages(rewards)
         rows, tokens = training_rows(episodes, advantages.flatten().tolist(), all_rows=config.kl > 0)

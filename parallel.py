@@ -1,8 +1,8 @@
 """Training in many processes: DDP, or FSDP2 where accelerate's configuration asks for it.
 
-    accelerate launch --num_processes 8 grpo.py                                           DDP, on 8 GPUs
-    accelerate launch --config_file fsdp.yaml --num_processes 8 grpo.py --preset paper    weights sharded over 8 GPUs
-    torchrun --nproc_per_node 2 grpo.py                                                   DDP, on a CPU
+    accelerate launch --num_processes 8 grpo.py                                 DDP, on 8 GPUs
+    accelerate launch --config_file fsdp.yaml --num_processes 8 grpo.py --preset paper --data FILE    weights sharded over 8
+    torchrun --nproc_per_node 2 grpo.py                                         DDP, on a CPU
 
 Every process knows all the tasks of a step and takes its share of them; a group stays together, and its rollouts need nobody.
 Then all meet in the same number of forward and backward passes: a process that has fewer micro-batches, or none, goes through
@@ -11,9 +11,15 @@ by the response tokens of all, so that loss and gradient are those of one proces
 
 FSDP2 shards the weights inside the policy, so a forward pass gathers them layer by layer. To sample so would gather all of them
 for every token. Rollouts use a whole copy of the model in each process instead, in bf16 on a GPU, refreshed after each step.
-On paper, for Qwen3-8B (8.2e9 parameters) on 8 GPUs of 80 GB, each holds: shards of the fp32 weights 4.1 GB, their gradients
-4.1, AdamW's two moments 8.2; the copy 16.4; together 33 GB. A layer's gathered weights are 0.4 GB, embedding and head 2.5. The
-rest is for activations and, in rollouts, the cache: 0.15 MB a token, 3 GB for a row of 20,480 tokens (`--sample_rows`).
+On paper, with the settings of --preset paper and Qwen3-8B (8.2e9 parameters), each of 8 GPUs holds
+
+    always          shards of the fp32 weights 4.1 GB, of their gradients 4.1, of AdamW's two moments 8.2; the copy 16.4;
+                    the embedder 2.4; with --kl the reference 16.4
+    in rollouts     the cache, 0.15 MB a token: 24 GB for 8 rows (--sample_rows) of 20,480 tokens
+    in training     embedding and head gathered 2.5, their gradients before they are sharded 7.5; a row's layer inputs 6, one
+                    recomputed layer 4.4 (--recompute; without it 7.8 MB a token, 159 GB for the longest row)
+
+of its 80 GB; and the machine, while the models load, 33 GB of main memory for each process, and 98 when the first one saves.
 """
 
 import os
@@ -23,6 +29,7 @@ from accelerate.utils import gather_object
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM
 
 from agent import summarize, tally
@@ -49,10 +56,14 @@ def total(accelerator, counts):
     return {name: sum(one[name] for one in every) for name in counts}
 
 
-def shared_batches(accelerator, rows, config):
-    """micro_batches of this process's rows, with idle ones up to the largest number that any process has."""
+def shared_batches(accelerator, wrapped, rows, config):
+    """Yields micro_batches of this process's rows, and idle ones up to the largest number that any process has."""
     batches = micro_batches(rows, config.micro_batch_tokens)
-    return batches + [[IDLE]] * (max(gather(accelerator, len(batches))) - len(batches))
+    batches += [[IDLE]] * (max(gather(accelerator, len(batches))) - len(batches))
+    for number, batch in enumerate(batches, start=1):
+        if isinstance(wrapped, DistributedDataParallel):  # gradients add up in each process, and meet in the last backward pass
+            wrapped.require_backward_grad_sync = number == len(batches)
+        yield batch
 
 
 def sharding():
@@ -69,16 +80,19 @@ def distribute(accelerator, policy):
     """Move `policy` to the device and return what is called in training: with one process itself, else DDP's wrapper or,
     with accelerate's configuration fsdp.yaml, itself, sharded in place. Make its optimisers after that.
 
-    BadInput if the configuration asks for FSDP1.
+    BadInput if the configuration asks for FSDP1, or the model is built in another way than most.
     """
     if not sharding():
         policy.to(accelerator.device)
         return accelerator.prepare(policy)
     if os.environ.get("FSDP_VERSION") != "2":
         raise BadInput("accelerate's configuration asks for FSDP1; set fsdp_version: 2, as in fsdp.yaml")
+    layers = getattr(policy.model.get_decoder(), "layers", None)
+    if layers is None:
+        raise BadInput(f"{type(policy.model).__name__} keeps its layers where they are not found, and cannot be sharded")
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     mixed = MixedPrecisionPolicy(param_dtype=rollout_dtype(accelerator), reduce_dtype=torch.float32)
-    for layer in policy.model.get_decoder().layers:
+    for layer in layers:
         fully_shard(layer, mesh=mesh, mp_policy=mixed)
     return fully_shard(policy, mesh=mesh, mp_policy=mixed)  # embedding, last norm, head
 
@@ -97,7 +111,10 @@ def rollout_policy(accelerator, policy):
 
 def frozen(accelerator, policy):
     """A whole `policy` on the device that is only read: the KL term's reference. In bf16 on a GPU where training is sharded."""
-    return policy.to(accelerator.device, rollout_dtype(accelerator) if sharding() else None).requires_grad_(False)
+    if sharding():
+        for parameter in policy.parameters():  # and not the buffers: rotary embeddings need fp32
+            parameter.data = parameter.data.to(rollout_dtype(accelerator))
+    return policy.to(accelerator.device).requires_grad_(False)
 
 
 def held_out_em(accelerator, player, tasks, config, embed):
@@ -109,8 +126,9 @@ def held_out_em(accelerator, player, tasks, config, embed):
 def refresh(copy, policy):
     """Bring the weights of `policy` into rollout_policy's copy, one matrix at a time. A meeting."""
     if copy is not policy:
+        policy.reshard()  # a forward pass may have left embedding and head gathered
         for own, shard in zip(copy.parameters(), policy.parameters(), strict=True):
-            own.copy_(shard.full_tensor())
+            own.copy_(shard.to(own.dtype).full_tensor())
 
 
 def whole(tensor, keep):
@@ -122,9 +140,13 @@ def whole(tensor, keep):
 
 
 def training_state(policy, optimizers, keep):
-    """(state dictionary of the model, [that of each optimiser]), put together where sharded. `keep`: whether this process
-    wants them. A meeting."""
-    weights = {name: whole(value, keep) for name, value in policy.model.state_dict().items()}
+    """(state dictionary of the model, [that of each optimiser]), put together where sharded, if this process is to `keep` them.
+
+    A meeting.
+    """
+    seen = {}  # tied weights stay one tensor
+    weights = {name: seen.setdefault(id(value), whole(value.detach(), keep))
+               for name, value in policy.model.state_dict(keep_vars=True).items()}
     states = [optimizer.state_dict() for optimizer in optimizers]
     for state in states:
         state["state"] = {number: {name: whole(value, keep) for name, value in values.items()}

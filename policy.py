@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from transformers import (AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedTokenizerFast, Qwen3Config,
                           Qwen3ForCausalLM)
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from agent import TAGS, Episode, Response, instruction, observe, render, run_episodes
 from config import BadInput
@@ -40,6 +41,8 @@ class LanguageModel(torch.nn.Module):
                            f"{config.max_response_tokens} do not fit the model's context of {room} tokens")
         self.model, self.tokenizer, self.config = model, tokenizer, config
         self.temperature = config.temperature
+        if config.recompute:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         ends = model.generation_config.eos_token_id or []
         ends = ends if isinstance(ends, list) else [ends]
         if tokenizer.eos_token_id is None:
@@ -115,6 +118,7 @@ class LanguageModel(torch.nn.Module):
         ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)  # (B, P), padded on the left
         mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
         position = (mask.cumsum(1) - 1).clamp(min=0)
+        self.model.eval()  # recomputing layers fill no cache
         cache, ends = DynamicCache(config=self.model.config), self.end_ids.to(device)
         alive = torch.arange(len(prompts), device=device)  # the prompt of each row that is still in the batch
         drawn = [([], [], False) for _ in prompts]
@@ -160,6 +164,9 @@ class LanguageModel(torch.nn.Module):
                               for row, (prompt, response, *_) in enumerate(rows) for t in range(len(response))],
                              dtype=torch.long, device=self.device)
         targets = torch.tensor([id for _, response, *_ in rows for id in response], dtype=torch.long, device=self.device)
+        for layer in self.model.modules() if self.config.recompute else ():
+            if isinstance(layer, GradientCheckpointingLayer):  # looks at its own flag; the others' would switch dropout on
+                layer.training = torch.is_grad_enabled()
         # Padding stands on the right, where a causal model's real tokens never see it: no attention mask is needed.
         with self.autocast():
             hidden = self.model.get_decoder()(input_ids=ids.to(self.device), use_cache=False).last_hidden_state  # (B, T, D)

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, set_seed
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, set_seed
 from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers.utils import logging
@@ -25,6 +25,7 @@ import parallel
 from config import BadInput, load_settings
 
 PATIENCE = timedelta(hours=2)  # how long a process waits for the rollouts of another
+DDP_OPTIONS = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)  # no buffer ever changes
 
 
 def trained_model(config, stage):
@@ -60,16 +61,20 @@ class Run:
             raise BadInput(f"{self.folder} already holds a run: go on with it by --resume {self.folder}, choose another --name, or "
                            "replace it with --overwrite")
         try:
-            self.accelerator = Accelerator(cpu=config.cpu or not torch.accelerator.is_available(), log_with=config.log_with or None,
-                                           project_dir=self.folder, kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)])
+            # The trainers see to bf16 and to accumulation themselves, whatever accelerate's configuration says.
+            self.accelerator = Accelerator(
+                cpu=config.cpu or not torch.accelerator.is_available(), mixed_precision="no", log_with=config.log_with or None,
+                project_dir=self.folder, kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE), DDP_OPTIONS])
         except ValueError as error:
             raise BadInput(f"--log_with {config.log_with}: {error}") from error
         if config.log_with and not self.accelerator.log_with:
             raise BadInput(f"--log_with {config.log_with}: that tracker is not installed")
         self.main = self.accelerator.is_main_process  # the one that writes
-        set_seed(config.seed + self.accelerator.process_index)
+        set_seed(self.process_seed())
+        if not self.main:
+            logging.disable_progress_bar()
         if resume:
-            self.take_up(self.checkpoints()[-1])
+            self.take_up(parallel.gather(self.accelerator, self.checkpoints()[-1])[0])
 
     def take_up(self, checkpoint):
         """Be where `checkpoint` was written; the steps after it will come again."""
@@ -82,6 +87,11 @@ class Run:
         self.metrics = json.loads(lines[-1]) if lines else {}
         if self.main:
             replace_file(path, "".join(lines))
+
+    def process_seed(self):
+        """The seed of this process from this step on: --seed itself for the first process of a new run."""
+        place = self.step, self.accelerator.process_index
+        return random.Random(f"{self.config.seed} {place}").getrandbits(32) if any(place) else self.config.seed
 
     def checkpoint_of(self, step):
         """The folder of a step's checkpoint."""
@@ -100,14 +110,13 @@ class Run:
         logging.disable_progress_bar()  # transformers' own, one for every checkpoint
         self.policy, self.optimizers = policy, optimizers
         if self.checkpoint:
-            state = torch.load(self.checkpoint / "training.pt", map_location="cpu", weights_only=True, mmap=True)
+            state = torch.load(self.checkpoint / "training.pt", map_location="cpu", weights_only=True, mmap=parallel.sharding())
             for optimizer, values in zip(optimizers, state["optimizers"], strict=True):
                 parallel.load_optimizer(optimizer, values)
-            process = self.accelerator.process_index
             if len(state["random"]) == self.accelerator.num_processes:
-                set_random_state(state["random"][process])
+                set_random_state(state["random"][self.accelerator.process_index])
             else:  # the numbers to come cannot be had, but those that have been are not drawn again
-                set_seed(random.Random(f"{self.config.seed} {self.step} {process}").getrandbits(32))
+                set_seed(self.process_seed())
             if self.main:
                 replace_file(self.folder / "config.json", self.config.json())
                 self.link()
@@ -132,7 +141,8 @@ class Run:
         """Signal handler: let the step end. A second signal has its usual effect."""
         self.stopping = True
         signal.signal(number, self.handlers[number])
-        tqdm.write("stopping after this step; a second time stops at once")
+        if self.main:
+            tqdm.write("stopping after this step; a second time stops at once")
 
     def steps(self, total):
         """The numbers of the steps that are left of `total`, with a progress bar, until a signal comes.
@@ -151,7 +161,7 @@ class Run:
 
     def log(self, metrics):
         """Append the step's metrics to metrics.jsonl, print them on one line, and pass them to the tracker."""
-        self.metrics = {"step": self.step} | {name: round(float(value), 6) for name, value in metrics.items()}
+        self.metrics = {"step": self.step} | {name: float(f"{float(value):.6g}") for name, value in metrics.items()}
         if not self.main:
             return
         with self.on_disk(), open(self.folder / "metrics.jsonl", "a") as file:
@@ -212,15 +222,17 @@ class Run:
             signal.signal(number, handler)
         self.accelerator.end_training()  # lets the tracker write what it still holds
         done = self.step >= total
-        self.accelerator.print(f"{self.step} steps, saved in {self.folder}; " + (f"next: {then}" if done else
-              f"to go on: python {self.folder.name}.py --resume {self.folder}"))
+        start = "python" if self.accelerator.num_processes == 1 else "start as before"
+        if self.main:
+            print(f"{self.step} steps, saved in {self.folder}; " + (f"next: {then}" if done else
+                  f"to go on: {start} {self.folder.name}.py --resume {self.folder}"))
 
 
 def random_state():
     """The states of all global random number generators, in types that torch.load takes from a stranger."""
     name, keys, *rest = np.random.get_state()
     return {"python": random.getstate(), "numpy": (name, keys.tolist(), *rest), "torch": torch.get_rng_state(),
-            "cuda": [torch.cuda.get_rng_state()] if torch.cuda.is_available() else []}  # of this process's GPU
+            "cuda": [torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else []}  # of this process's GPU
 
 
 def set_random_state(state):

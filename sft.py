@@ -290,9 +290,9 @@ def main():
         factor = schedule(step, config.sft_steps, warmup=config.sft_steps // 10, decay=0.6)
         scale_lr(optimizers, factor)
         tokens, sums = sum(len(response) for _, response in batch), {"loss": 0.0, "sure": 0}
-        for rows in parallel.shared_batches(accelerator, parallel.share(accelerator, batch), config):
+        for rows in parallel.shared_batches(accelerator, wrapped, parallel.share(accelerator, batch), config):
             logprobs, _ = wrapped(rows)  # (N,)
-            accelerator.backward(-logprobs.sum() * accelerator.num_processes / tokens)
+            (-logprobs.sum() * accelerator.num_processes / tokens).backward()
             sums["loss"] -= logprobs.sum().item()
             sums["sure"] += (logprobs > math.log(0.5)).sum().item()
         norm = clip_and_step(wrapped, optimizers, config.max_grad_norm)

@@ -4,7 +4,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from accelerate import Accelerator
 
 sys.path.insert(0, str(Path(__file__).parent.parent))

@@ -1,4 +1,5 @@
-"""What test_parallel.py runs in two processes, and in one to compare with: torchrun parallel_worker.py CASE FILE"""
+"""What test_parallel.py runs in two processes, and in one to compare with: torchrun parallel_worker.py updates FILE; or, with grpo.py's flags, GRPO with
+a fault."""
 
 import os
 import random
@@ -10,7 +11,7 @@ from conftest import tiny_policy
 
 import grpo
 import parallel
-from config import BadInput, Config
+from config import Config
 
 
 def random_rows(number, seed):
@@ -50,16 +51,27 @@ def two_updates(accelerator, number, seed=0):
     return {"metrics": metrics, "weights": weights, "gradients": [parallel.whole(g, True) for g in optimizer.gradients]}
 
 
-if __name__ == "__main__":
-    accelerator, (case, file) = Accelerator(cpu=True), sys.argv[1:]
-    if case == "fault":
-        if accelerator.process_index == 1:
-            raise BadInput("the second process has found a fault")
-        parallel.gather(accelerator, 0)  # where the first would wait
-    results = {}
+def fail_in_one(episodes, count=iter(range(100))):
+    """In place of grpo.tally: the second process finds a fault in its second step, while the first goes on to a meeting."""
+    if next(count) == 1 and os.environ["RANK"] == "1":
+        raise SystemExit("the second process has found a fault")
+    return grpo_tally(episodes)
+
+
+def updates(file):
+    """Save two_updates of both kinds of parallelism, with enough rows for both processes and with one row."""
+    accelerator, results = Accelerator(cpu=True), {}
     for sharded in ("false", "true"):
         os.environ |= {"ACCELERATE_USE_FSDP": sharded, "FSDP_VERSION": "2"}
         for number in (9, 1):
             results[sharded, number] = two_updates(accelerator, number)
     if accelerator.is_main_process:
         torch.save(results, file)
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "updates":
+        updates(sys.argv[2])
+    else:  # grpo.py with a fault
+        grpo_tally, grpo.tally = grpo.tally, fail_in_one
+        grpo.main()

@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import pytest
@@ -7,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3
 from agent import TAGS, Observation, render, run_episodes
 from config import Config
 from memory import Entry, HashedEmbedder
-from policy import LanguageModel, evaluate, make_optimizers, micro_batches, open_policy, train_tokenizer
+from policy import LanguageModel, create_tiny, evaluate, make_optimizers, micro_batches, open_policy, train_tokenizer
 from tasks import exact_match, town_task, town_texts
 
 
@@ -230,3 +231,19 @@ def test_micro_batches_keep_to_the_budget():
     batches = list(micro_batches(rows, 128))
     assert sorted(row[2] for batch in batches for row in batch) == list(range(200))
     assert all(max(len(r[0]) + len(r[1]) for r in batch) * len(batch) <= 128 for batch in batches)
+
+
+def test_recomputing_layers_changes_nothing(tiny):
+    """Bug: layers that are recomputed in the backward pass give other gradients, or fill no cache when the policy samples."""
+    again = create_tiny(tiny.tokenizer, dataclasses.replace(tiny.config, recompute=True))
+    again.load_state_dict(tiny.state_dict())
+    rows = [([5, 6, 7], [8, 9, 1]), ([5], [9])]
+    for _ in range(2):
+        for policy in (tiny, again):
+            policy.zero_grad()
+            policy.temperature = 0
+            policy.samples = [response.ids for response in policy.respond(observations(3))]
+            policy(rows)[0].sum().backward()
+        assert tiny.samples == again.samples
+        assert all(torch.equal(p.grad, q.grad) for p, q in zip(tiny.parameters(), again.parameters()))
+    assert any(layer.training for layer in again.model.model.layers)
