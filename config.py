@@ -214,7 +214,7 @@ def load_settings(run):
         values = json.loads(path.read_text())
         unknown = set(values) - {field.name for field in dataclasses.fields(Config)}
     except (OSError, ValueError, TypeError) as error:
-        raise BadInput(f"cannot read the settings in {path}: {error}") from error
+        raise BadInput(f"{run} is no run folder, such as runs/town/sft: cannot read {path}: {error}") from error
     if unknown:
         raise BadInput(f"{path} has settings that this version does not know: {', '.join(sorted(unknown))}")
     return values

@@ -85,7 +85,7 @@ def trace(episode):
                 store[operation.id] = operation.text
             elif operation.kind == "delete":
                 del store[operation.id]
-        lines.append("    memory: " + (" | ".join(f"#{id} {text}" for id, text in store.items()) or "(empty)"))
+        lines.append("    memory: " + (" | ".join(f"[{id}] {text}" for id, text in store.items()) or "(empty)"))
     lines.append("")
     for question, answer, score in zip(episode.task.questions, episode.answers, episode.scores):
         lines.append(f"{question.text}  answer: {answer}  gold: {' / '.join(question.answers)}  score: {score:.0f}")
@@ -99,7 +99,12 @@ def draw_curves(files, out):
         import matplotlib.pyplot as plt
     except ImportError as error:
         raise BadInput("--curves needs matplotlib: pip install matplotlib") from error
-    runs = [[json.loads(line) for line in Path(file).read_text().split("\n")[:-1]] for file in files]  # a torn last line is no step
+    try:
+        runs = [[json.loads(line) for line in Path(file).read_text().split("\n")[:-1]] for file in files]  # a torn last line is no step
+        if any("reward" not in line for run in runs for line in run):
+            raise ValueError("a step without a reward")
+    except (OSError, ValueError) as error:
+        raise BadInput(f"--curves needs metrics.jsonl of GRPO runs: {error}") from error
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.8))
     panels = [("score", ["reward", "held_out_em"]), ("operations per response", ["create", "read", "scratchpad"]),
               ("operations per response", ["update", "delete"])]

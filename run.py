@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, set_seed
+from accelerate.utils import InitProcessGroupKwargs, set_seed
 from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers.utils import logging
@@ -25,7 +25,6 @@ import parallel
 from config import BadInput, load_settings
 
 PATIENCE = timedelta(hours=2)  # how long a process waits for the rollouts of another
-DDP_OPTIONS = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)  # no buffer ever changes
 
 
 def trained_model(config, stage):
@@ -64,7 +63,7 @@ class Run:
             # The trainers see to bf16 and to accumulation themselves, whatever accelerate's configuration says.
             self.accelerator = Accelerator(
                 cpu=config.cpu or not torch.accelerator.is_available(), mixed_precision="no", log_with=config.log_with or None,
-                project_dir=self.folder, kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE), DDP_OPTIONS])
+                project_dir=self.folder, kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)])
         except ValueError as error:
             raise BadInput(f"--log_with {config.log_with}: {error}") from error
         if config.log_with and not self.accelerator.log_with:

@@ -180,7 +180,7 @@ def read_examples(path, task):
     try:  # JSONL is split at "\n" alone: the texts contain other line separators
         rows = [json.loads(line) for line in text.split("\n") if line.strip()] if task == "musique" else json.loads(text)
     except json.JSONDecodeError as error:
-        raise BadInput(f"{path}: not {'JSONL' if task == 'musique' else 'JSON'}: {error}") from error
+        raise BadInput(f"{path}: not {'JSONL' if task == 'musique' else 'JSON'}, as files of {task} are: {error}") from error
     if not isinstance(rows, list):
         raise BadInput(f"{path}: not in the format of {task}: the file holds no list of rows")
     convert, examples = (musique_example if task == "musique" else hotpot_example), []

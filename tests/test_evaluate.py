@@ -1,9 +1,12 @@
+import sys
+from unittest.mock import Mock
+
 import pytest
 from conftest import DATA, Scripted, make_task
 
 import evaluate
 from agent import run_episodes
-from config import PRESETS, Config
+from config import PRESETS, BadInput, Config
 from tasks import exact_match
 
 
@@ -31,7 +34,7 @@ def test_the_trace_replays_the_memory(config, embed):
               "<update_memory>1: Anna has a dog</update_memory><delete_memory>7</delete_memory>", "<answer>Ben</answer>"]
     [episode] = run_episodes([make_task(["one", "two"])], Scripted({"Who?": script}), config, embed, exact_match)
     text = evaluate.trace(episode)
-    assert "memory: #0 Anna has a dog | #1 Ben" in text and "not executed, delete" in text
+    assert "memory: [0] Anna has a dog | [1] Ben" in text and "not executed, delete" in text
     assert "answer: Ben  gold: Ben  score: 1" in text
 
 
@@ -49,3 +52,22 @@ def test_qa_sets_are_evaluated(task, file, embed):
     episodes = evaluate.play(label, make_policy, config, 20, count, embed)
     row = evaluate.measure(label, episodes, config, 1.0)
     assert row["questions"] == 20 and row["em"] > 50 and row["f1"] >= row["em"] and row["invalid"] == 0
+
+
+@pytest.mark.parametrize("text", [None, "not json\n", '{"step": 1, "loss": 2.0}\n'])
+def test_curves_of_something_else(tmp_path, monkeypatch, text):
+    """Bug: a file that is missing, or no GRPO run's, ends in a traceback or in empty axes."""
+    if text:
+        (tmp_path / "metrics.jsonl").write_text(text)
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", Mock())  # optional, and not needed for this
+    monkeypatch.setitem(sys.modules, "matplotlib", Mock())
+    with pytest.raises(BadInput, match="metrics.jsonl of GRPO runs"):
+        evaluate.draw_curves([tmp_path / "metrics.jsonl"], tmp_path / "curves.png")
+
+
+def test_one_process_evaluates(monkeypatch):
+    """Bug: under a launcher every process plays all the tasks, and writes the same file."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("sys.argv", ["evaluate.py"])
+    with pytest.raises(BadInput, match="one process"):
+        evaluate.main()
