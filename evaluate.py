@@ -58,18 +58,27 @@ def measure(label, episodes, config, seconds):
     return summary | row | {name: summary[name] * per_question for name in ("turns", "tokens")} | {"seconds": seconds}
 
 
+def compare(before, after):
+    """What `after` loses in EM against `before`, episodes of the same tasks, in points, with the paired bootstrap's interval."""
+    counts = [len(episode.task.questions) for episode in before]
+    lost = [sum(one.scores) - sum(other.scores) for one, other in zip(before, after, strict=True)]
+    low, high = bootstrap(lost, counts)
+    return {"lost": 100 * sum(lost) / sum(counts), "lost_low": 100 * low, "lost_high": 100 * high}
+
+
 def table(rows):
     """The rows as text, one line each."""
     rates = [kind for kind in TAGS["paper"] if kind != "answer"]
     lost = "lost" in rows[0]
     head = f"{'':28}{'EM':>6}  {'95 % interval':^15}{'F1':>6}{'questions':>11}{'turns':>7}{'tokens':>8}   " + " ".join(
-        f"{kind:>10}" for kind in rates) + f"{'invalid':>9}{'cut':>6}" + f"{'EM lost':>9}" * lost
+        f"{kind:>10}" for kind in rates) + f"{'invalid':>9}{'cut':>6}" + f"{'EM lost':>9}  {'paired 95 %':^15}" * lost
     lines = [head, f"{'':73}{'per question':>15}   operations per response"]
     for row in rows:
         lines.append(f"{row['label']:28}{row['em']:6.1f}  [{row['low']:5.1f}, {row['high']:5.1f}]{row['f1']:6.1f}"
                      f"{row['questions']:11d}{row['turns']:7.1f}{row['tokens']:8.1f}   "
                      + " ".join(f"{row[kind]:10.3f}" for kind in rates)
-                     + f"{row['invalid']:9.3f}{row['truncated']:6.3f}" + (f"{row['lost']:9.1f}" if lost else ""))
+                     + f"{row['invalid']:9.3f}{row['truncated']:6.3f}"
+                     + (f"{row['lost']:9.1f}  [{row['lost_low']:5.1f}, {row['lost_high']:5.1f}]" if lost else ""))
     return "\n".join(lines)
 
 
@@ -184,7 +193,7 @@ def main():
         raise BadInput(f"--trace {extra['trace']}: a number of episodes, 1 or more")
     single = extra["ablate"] or extra["trace"]
     lengths = extra["lengths"] or ([config.length] if single else [1, 2, 4])
-    rows = []
+    rows, unabridged = [], None
     for length in lengths if config.task == "town" else [config.length]:
         for label, make_policy in contestants[-1:] if single else contestants:
             size = f"{length}x" if config.task == "town" else f"{config.documents} documents"
@@ -193,8 +202,9 @@ def main():
                 started, name = time.perf_counter(), f"{label} {size} {variant}".strip()
                 episodes = play(name, make_policy, now, extra["trace"] or now.eval_tasks, count, embed)
                 rows.append(measure(name, episodes, now, time.perf_counter() - started))
-                if extra["ablate"]:  # against "all on", the first of this policy's rows
-                    rows[-1]["lost"] = rows[-1 - list(ABLATIONS).index(variant)]["em"] - rows[-1]["em"]
+                if extra["ablate"]:
+                    unabridged = unabridged if disabled else episodes  # "all on" comes first
+                    rows[-1] |= compare(unabridged, episodes)
                 if extra["trace"]:
                     print("\n\n".join(trace(episode) for episode in episodes))
     print(table(rows))

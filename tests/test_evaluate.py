@@ -54,6 +54,20 @@ def test_qa_sets_are_evaluated(task, file, embed):
     assert row["questions"] == 20 and row["em"] > 50 and row["f1"] >= row["em"] and row["invalid"] == 0
 
 
+def test_a_loss_is_compared_task_by_task(config, embed):
+    """Bug: two ablations are compared as if they had played different tasks, so that a sure loss looks like chance."""
+    tasks = [make_task(["a"], (f"Q{n}a?", f"Q{n}b?"), ("Ben", "Ben")) for n in range(40)]
+    right, wrong = "<answer>Ben</answer>", "<answer>Eva</answer>"
+    half = {f"Q{n}a?": ["", *[right if n < 20 else wrong] * 2] for n in range(40)}
+    less = {f"Q{n}a?": ["", right if n < 20 else wrong, wrong] for n in range(40)}  # one answer less where there was any
+    before, after = (run_episodes(tasks, Scripted(script), config, embed, exact_match) for script in (half, less))
+    lost = evaluate.compare(before, after)
+    assert lost["lost"] == 25 and 15 < lost["lost_low"] < 25 < lost["lost_high"] < 35
+    apart = evaluate.bootstrap([sum(e.scores) for e in before], [2] * 40)
+    assert lost["lost_high"] - lost["lost_low"] < 0.75 * 100 * (apart[1] - apart[0])
+    assert evaluate.compare(before, before) == {"lost": 0, "lost_low": 0, "lost_high": 0}
+
+
 @pytest.mark.parametrize("text", [None, "not json\n", '{"step": 1, "loss": 2.0}\n'])
 def test_curves_of_something_else(tmp_path, monkeypatch, text):
     """Bug: a file that is missing, or no GRPO run's, ends in a traceback or in empty axes."""
