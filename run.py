@@ -68,6 +68,7 @@ class Run:
             raise BadInput(f"--log_with {config.log_with}: {error}") from error
         if config.log_with and not self.accelerator.log_with:
             raise BadInput(f"--log_with {config.log_with}: that tracker is not installed")
+        os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # every process loads the weights itself, not the first alone
         self.main = self.accelerator.is_main_process  # the one that writes
         set_seed(self.process_seed())
         if not self.main:
