@@ -176,8 +176,8 @@ def test_all_random_states_come_back():
     (["--resume", "runs/town/sft", "--sft_lr", "1e-4", "--seed", "1"], "another --sft_lr, --seed|another --seed, --sft_lr"),
     (["--resume", "runs/town/sft", "--name", "other"], "another --name"),
     (["--resume", "runs/town/sft", "--overwrite"], "goes with no --from"),
-    (["--resume", "runs/none/sft"], "cannot read the settings"),
-    (["--resume", "runs/town"], "cannot read the settings"),
+    (["--resume", "runs/none/sft"], "is no run folder"),
+    (["--resume", "runs/town"], "is no run folder"),
     (TINY, "--resume runs/town/sft"),
 ])
 def test_what_cannot_be_resumed(call, capsys, arguments, complaint):
