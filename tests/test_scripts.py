@@ -95,7 +95,7 @@ def test_ctrl_c_leaves_a_usable_checkpoint(tmp_path):
     ("sft.py", ["--task", "village"], 2, "--task 'village' is not one of"),
     ("sft.py", ["--task", "hotpotqa"], 2, "needs --data"),
     ("sft.py", ["--disable", "forget"], 2, "--disable 'forget' is not one of"),
-    ("sft.py", ["--from", "runs/none"], 2, "cannot read the settings in runs/none/config.json"),
+    ("sft.py", ["--from", "runs/none"], 2, "runs/none is no run folder"),
     ("sft.py", ["--max_prompt_tokens", "20"], 1, "--max_prompt_tokens 20"),
     ("sft.py", ["--model", "./no-such-model"], 1, "cannot load this model"),
     ("sft.py", ["--task", "hotpotqa", "--data", "none.json"], 1, "none.json: no such file"),
