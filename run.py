@@ -222,10 +222,10 @@ class Run:
             signal.signal(number, handler)
         self.accelerator.end_training()  # lets the tracker write what it still holds
         done = self.step >= total
-        start = "python" if self.accelerator.num_processes == 1 else "start as before"
+        launcher = "python" if self.accelerator.num_processes == 1 else "<the same launcher>"
         if self.main:
             print(f"{self.step} steps, saved in {self.folder}; " + (f"next: {then}" if done else
-                  f"to go on: {start} {self.folder.name}.py --resume {self.folder}"))
+                  f"to go on: {launcher} {self.folder.name}.py --resume {self.folder}"))
 
 
 def random_state():

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from accelerate import Accelerator
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -39,24 +40,22 @@ class Scripted:
         return responses
 
 
-class Keep:
-    """An optimiser that keeps the gradients instead of taking a step."""
+class Recorder(torch.optim.SGD):
+    """Keeps the gradients of its last step."""
 
-    def __init__(self, policy):
-        self.policy, self.gradients = policy, {}
+    gradients = ()
 
     def step(self):
-        self.gradients = {name: p.grad.clone() for name, p in self.policy.named_parameters()}
-
-    def zero_grad(self):
-        self.policy.zero_grad()
+        self.gradients = [p.grad.clone() for group in self.param_groups for p in group["params"]]
+        super().step()
 
 
 def gradients(policy, rows, tokens, config, reference=None):
     """Metrics of one update of grpo.py, and the gradients {name: tensor} that it computes."""
     policy.zero_grad()
-    keep = Keep(policy)
-    return grpo.update(policy, reference, rows, tokens, [keep], Accelerator(cpu=True), config), keep.gradients
+    recorder = Recorder(policy.parameters(), lr=0.0)
+    metrics = grpo.update(policy, reference, rows, tokens, [recorder], Accelerator(cpu=True), config)
+    return metrics, {name: gradient for (name, _), gradient in zip(policy.named_parameters(), recorder.gradients)}
 
 
 def make_task(chunks, questions=("Who?",), answers=("Ben",)):

@@ -7,7 +7,7 @@ import sys
 
 import torch
 from accelerate import Accelerator
-from conftest import tiny_policy
+from conftest import Recorder, tiny_policy
 
 import grpo
 import parallel
@@ -23,14 +23,6 @@ def random_rows(number, seed):
 
     rows = [(ids(60), ids(15)) for _ in range(number)]
     return [(prompt, response, [-rng.random() for _ in response], rng.uniform(-1, 1)) for prompt, response in rows]
-
-
-class Recorder(torch.optim.SGD):
-    """Keeps the gradient of its step."""
-
-    def step(self):
-        self.gradients = [p.grad.clone() for group in self.param_groups for p in group["params"]]
-        super().step()
 
 
 def two_updates(accelerator, number, seed=0):
