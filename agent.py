@@ -22,6 +22,7 @@ import random
 import re
 from dataclasses import dataclass, field
 
+from config import BadInput
 from memory import Memory
 
 # The one place that knows the names of the tags. Mind that update_memory means different things in the two dialects.
@@ -49,7 +50,7 @@ class Operation:
 
 @dataclass
 class Observation:
-    """What the policy is shown. Reading: `chunk` is set. Answering: `question` is set."""
+    """What the policy is shown. Reading: `chunk` is set. Answering: `question` is set (and `chunk`, if the task shows a text beside)."""
 
     questions: tuple  # the texts of all the task's questions
     scratchpad: str
@@ -61,9 +62,10 @@ class Observation:
 
 @dataclass
 class Response:
-    """What the policy wrote. A scripted policy gives the text alone."""
+    """What the policy wrote. A scripted policy gives the text alone; one behind a server, no ids."""
 
     text: str
+    tokens: int = 0  # how many were sampled, the end token included; 0: the text is a script's
     prompt_ids: list = field(default_factory=list)  # the very ids that were sampled from
     ids: list = field(default_factory=list)  # the very ids that were sampled, the end token included when it was
     logprobs: list = field(default_factory=list)  # of each of `ids`, under the distribution that was sampled
@@ -75,6 +77,7 @@ class Turn:
     observation: Observation
     response: Response
     operations: list  # of Operation
+    position: int  # of the chunk or question, as in Episode
 
 
 @dataclass
@@ -139,13 +142,31 @@ def render(observation):
     next to its response. And an entry's number is written in another way than Update writes it: after "1: Anna lives in"
     a copying head would go on with the old value.
     """
-    if observation.question is None:
-        lines = ["Questions: " + " ".join(observation.questions), f"Text: {observation.chunk}"]
-    else:
-        lines = [f"Question: {observation.question}"]
+    lines = [f"Question: {observation.question}" if observation.question else "Questions: " + " ".join(observation.questions)]
+    if observation.chunk is not None:
+        lines.append(f"Text: {observation.chunk}")
     lines.append(f"Scratchpad: {observation.scratchpad}")
     lines += [f"#{number} {entry.text}" for number, entry in enumerate(observation.entries, start=1)]
     return "\n".join([*lines, f"Query: {observation.query}"])
+
+
+def fit(observation, size, limit):
+    """Shorten an observation until size(observation), the tokens of its prompt, is within `limit`.
+
+    A text beside a question loses its end; entries are left out, the least similar first; then the policy's own scratchpad and
+    query are cut short. BadInput when the task alone is too long.
+    """
+    while (tokens := size(observation)) > limit:
+        if observation.question and observation.chunk:
+            observation.chunk = observation.chunk[: len(observation.chunk) * limit // tokens * 99 // 100]
+        elif observation.entries:
+            observation.entries.pop()
+        elif longer := max(observation.scratchpad, observation.query, key=len):
+            name = "scratchpad" if observation.scratchpad == longer else "query"
+            setattr(observation, name, longer[: len(longer) // 2])
+        else:
+            raise BadInput(f"a prompt of {tokens} tokens, of text and questions alone, is over --max_prompt_tokens {limit}: "
+                           "raise it, or lower --chunk_tokens or --questions")
 
 
 # --- the grammar ---------------------------------------------------------------------------------------------------
@@ -221,14 +242,15 @@ def unbox(text):
 # --- the episode loop ----------------------------------------------------------------------------------------------
 
 
-def run_episodes(tasks, policy, config, embed, score, progress=lambda turns, done: None):
+def run_episodes(tasks, policy, config, embed, score, progress=lambda turns, done: None, make_memory=None):
     """Run one episode for each task, all side by side, and return them in the order of `tasks`.
 
     policy.respond(observations) -> responses, one for each; embed(texts, query=False) -> (B, d) unit vectors;
     score(answer, question) -> a number in [0, 1]. In each wave every unfinished episode takes one turn, so that the
-    policy decodes, and the embedder embeds, for all of them at once. `progress` is called after each wave.
+    policy decodes, and the embedder embeds, for all of them at once. `progress` is called after each wave. `make_memory`
+    makes the memory that an episode starts with, instead of an empty one.
     """
-    episodes = [Episode(task, Memory(config.capacity)) for task in tasks]
+    episodes = [Episode(task, make_memory() if make_memory else Memory(config.capacity)) for task in tasks]
     chances = [random.Random(f"{config.seed} {task.id} {number}") for number, task in enumerate(tasks)]
     while active := [number for number, episode in enumerate(episodes) if not episode.done]:
         observations = [observe(episodes[number], config, chances[number]) for number in active]
@@ -254,7 +276,7 @@ def observe(episode, config, rng):
     if asked < 0:
         observation.chunk = episode.task.chunks[episode.position]
     else:
-        observation.question = questions[asked]
+        observation.question, observation.chunk = questions[asked], episode.task.beside or None
     return observation
 
 
@@ -281,7 +303,7 @@ def take_turn(episode, observation, response, operations, vectors, config, score
             operation.error = "an answer while reading"
         else:
             answer = operation.text
-    episode.turns.append(Turn(observation, response, operations))
+    episode.turns.append(Turn(observation, response, operations, episode.position))
     done = {operation.kind for operation in operations if not operation.error}
     look_again = "read" in done and (answer is None if asked >= 0 else not done & {"create", "update", "delete"})
     if look_again and episode.reads < config.max_reads:
@@ -313,24 +335,3 @@ def execute(operation, episode, observation, vectors):
                 else memory.update(operation.id, operation.text, vectors[operation.text, False]))
         if not done:
             operation.error = "that entry has been deleted in this turn"
-
-
-def tally(episodes):
-    """Sums over episodes, which may be added up with those of other processes, for `summarize`."""
-    turns = [turn for episode in episodes for turn in episode.turns]
-    operations = [operation for turn in turns for operation in turn.operations]
-    sums = {kind: sum(o.kind == kind and not o.error for o in operations) for kind in TAGS["paper"]}
-    return sums | {
-        "episodes": len(episodes), "responses": len(turns), "reward": sum(episode.reward for episode in episodes),
-        "questions": sum(len(episode.scores) for episode in episodes), "em": sum(sum(episode.scores) for episode in episodes),
-        "invalid": sum(bool(o.error) for o in operations), "truncated": sum(turn.response.truncated for turn in turns),
-        "tokens": sum(len(turn.response.ids) for turn in turns), "entries": sum(len(episode.memory) for episode in episodes),
-    }
-
-
-def summarize(sums):
-    """Means over episodes, questions and responses; the README's glossary says what each one means."""
-    episodes, responses = sums["episodes"], sums["responses"]
-    return {"reward": sums["reward"] / episodes, "em": sums["em"] / sums["questions"],
-            **{name: sums[name] / responses for name in (*TAGS["paper"], "invalid", "truncated")},
-            "turns": responses / episodes, "tokens": sums["tokens"] / episodes, "entries": sums["entries"] / episodes}

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from transformers import HfArgumentParser
 
-TASKS = ("town", "hotpotqa", "2wikimultihopqa", "musique")
+TASKS = ("town", "hotpotqa", "2wikimultihopqa", "musique", "saved")
 OPERATIONS = ("create", "read", "update", "delete", "scratchpad")
 # What may differ when a run is resumed: its length (and with it the learning-rate schedule and the lessons' borders), its
 # logging, its device.
@@ -37,11 +37,12 @@ def setting(default, help):
 @dataclass
 class Config:
     # --- the task ------------------------------------------------------------------------------
-    task: str = setting("town", "what is read and asked: town, hotpotqa, 2wikimultihopqa or musique")
-    data: str = setting("", "data file in the set's original format (all tasks but the town need one)")
+    task: str = setting("town", "what is read and asked: town; hotpotqa, 2wikimultihopqa, musique; saved (a set of tasks as JSONL)")
+    data: str = setting("", "data file in the set's original format (saved: as tasks.py writes; the town needs none)")
     questions: int = setting(2, "questions per task; 0: 1 to 10 at random, p(1) = 0.5 (paper: 1 to 10); town: at most 4")
     length: int = setting(1, "town: story length, in multiples of the training length")
     documents: int = setting(200, "QA: documents per task (paper: 200 in training; 200, 400, 800 in tests)")
+    order: int = setting(0, "QA: 0: the documents in the order that the task was built in; N: in another one, the N-th")
     chunk_tokens: int = setting(384, "QA: most tokens of text shown at once (paper: 4096)")
     # --- the memory ----------------------------------------------------------------------------
     top_k: int = setting(4, "entries shown for the standing query (paper: 6)")
@@ -55,7 +56,9 @@ class Config:
     max_prompt_tokens: int = setting(256, "longest prompt; the least similar entries are left out to fit (paper: 16384)")
     max_response_tokens: int = setting(20, "longest response of one turn (paper: 4096)")
     # --- the policy ----------------------------------------------------------------------------
-    model: str = setting("", "causal LM: hub name or folder; empty: a tiny Qwen3 made from scratch (paper: Qwen3-8B)")
+    model: str = setting("", "causal LM: hub name, folder, or run folder; empty: a tiny Qwen3 made from scratch (paper: Qwen3-8B)")
+    endpoint: str = setting("", "URL of an OpenAI-compatible server that plays --model, in evaluate.py and for sft.py --teacher")
+    in_flight: int = setting(32, "most questions that --endpoint is asked at the same time")
     hidden_size: int = setting(128, "tiny model: width")
     layers: int = setting(3, "tiny model: depth")
     heads: int = setting(4, "tiny model: attention heads of 64 dimensions each")
@@ -69,7 +72,8 @@ class Config:
     max_grad_norm: float = setting(1.0, "gradients are clipped to this norm")
     seed: int = setting(42, "seed of everything random (paper: 42)")
     # --- sft.py --------------------------------------------------------------------------------
-    demonstrations: int = setting(10000, "demonstrated episodes, before the filter")
+    sft_tasks: int = setting(10000, "tasks that are demonstrated, before the filter")
+    demonstrations: str = setting("", "JSONL file of demonstrations to train on (or, with --teacher, to write); empty: scripted ones")
     keep_score: float = setting(0.5, "demonstrations with a lower task score are dropped (paper: 0.5)")
     easy_share: float = setting(0.4, "town: share of the SFT steps, the first, on stories without two-hop questions")
     sft_steps: int = setting(2500, "optimiser steps (paper: 3 epochs)")
@@ -114,19 +118,20 @@ class Config:
         one_of("scorer", ("official", "released"))
         for operation in self.disable:
             need(operation in OPERATIONS, f"--disable {operation!r} is not one of: {', '.join(OPERATIONS)}")
-        need(self.task == "town" or self.data, f"--task {self.task} needs --data FILE in that set's original format")
+        need(self.task == "town" or self.data, f"--task {self.task} needs --data FILE in that set's format")
         need(self.task != "town" or not self.data, "--data is for the QA sets; the town writes its own stories")
         need(0 <= self.questions <= (10 if self.task != "town" else 4),
              f"--questions {self.questions} is out of range: 0 (random) or 1 to 10 (town: 1 to 4)")
         for name in ("length", "documents", "chunk_tokens", "top_k", "max_prompt_tokens", "max_response_tokens",
-                     "hidden_size", "layers", "heads", "sample_rows", "micro_batch_tokens", "demonstrations",
-                     "sft_steps", "sft_batch", "grpo_steps", "tasks_per_step", "updates_per_rollout", "save_every",
+                     "hidden_size", "layers", "heads", "sample_rows", "micro_batch_tokens", "sft_tasks",
+                     "in_flight", "sft_steps", "sft_batch", "grpo_steps", "tasks_per_step", "updates_per_rollout", "save_every",
                      "eval_tasks"):
             need(getattr(self, name) >= 1, f"--{name} must be at least 1, not {getattr(self, name)}")
         longest = self.chunk_tokens + 2 * self.max_response_tokens + 512  # a full scratchpad and query, and ten questions
         need(self.task == "town" or longest <= self.max_prompt_tokens,
              f"--max_prompt_tokens {self.max_prompt_tokens} cannot hold --chunk_tokens {self.chunk_tokens}, a scratchpad "
              f"and a query of --max_response_tokens {self.max_response_tokens} each, and the questions: it takes {longest}")
+        need(self.model or not self.endpoint, "--endpoint needs --model NAME, as the server calls it")
         need(self.group_size >= 2, "--group_size must be at least 2: an episode is compared with its group's mean")
         need(self.capacity >= 0 and self.max_reads >= 0, "--capacity and --max_reads cannot be negative")
         need(self.temperature > 0, "--temperature must be above 0: training samples (evaluation: --eval_temperature 0)")
@@ -155,10 +160,10 @@ class Config:
 PRESETS = {
     "town": {},
     "qa": dict(questions=0, documents=50, chunk_tokens=384, top_k=6, max_prompt_tokens=1536, max_response_tokens=192,
-               demonstrations=100, sft_steps=400, sft_batch=32, grpo_steps=20, tasks_per_step=2, group_size=4,
+               sft_tasks=100, sft_steps=400, sft_batch=32, grpo_steps=20, tasks_per_step=2, group_size=4,
                grpo_lr=3e-4, sample_rows=64, eval_tasks=50, micro_batch_tokens=4096),
     "pretrained": dict(questions=0, documents=50, chunk_tokens=2048, top_k=6, max_prompt_tokens=8192, max_response_tokens=1024,
-                       optimizer="adamw", demonstrations=400, sft_steps=100, sft_batch=16, sft_lr=1e-5, grpo_steps=100,
+                       optimizer="adamw", sft_tasks=400, sft_steps=100, sft_batch=16, sft_lr=1e-5, grpo_steps=100,
                        grpo_lr=1e-6, grpo_decay=0.0, warmup_steps=20, sample_rows=64, eval_tasks=50, eval_temperature=0.7,
                        micro_batch_tokens=16384),
     "paper": dict(task="hotpotqa", model="Qwen/Qwen3-8B", embedder="Qwen/Qwen3-Embedding-0.6B", questions=0, documents=200,
@@ -187,6 +192,8 @@ def parse_args(description, default_run=None, extra=()):
         first = parser.parse_args()
         resume = getattr(first, "resume", None)
         start, preset = resume or first.start, first.preset
+        if first.model and (Path(first.model) / "model").is_dir() and not (start or preset):
+            start = first.model  # --model RUN comes with its settings
         if resume and (first.start or preset or first.overwrite):
             raise BadInput("--resume goes on as the run began: it goes with no --from, --preset or --overwrite")
         if default_run and not (start or preset) and ((run := default_run(first.name or first.task)) / "config.json").is_file():

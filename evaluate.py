@@ -1,21 +1,27 @@
-"""Evaluation: the table of checkpoints, with intervals; ablations at test time; traces.
+"""Evaluation: the table of checkpoints, with intervals; ablations, baselines, sweeps; traces; questions about your own file.
 
     python evaluate.py                             SFT and GRPO of runs/town at 1x, 2x, 4x the training length
     python evaluate.py --ablate                    the GRPO policy with operations switched off (the paper's Table 2)
+    python evaluate.py --baselines                 beside it the same model with the full text, with RAG, with a scratchpad, with nothing
+    python evaluate.py --sweep top_k=3,6,12 chunk_tokens=2048,4096 ...      every combination (Table 3); any setting can be swept
     python evaluate.py --runs runs/a/grpo runs/b/grpo             any run folders side by side, under one name's settings
     python evaluate.py --trace 2                   two episodes, turn by turn
     python evaluate.py --curves runs/*/grpo/metrics.jsonl         the learning curves as curves.png
-    python evaluate.py --data hotpot_dev.json --task hotpotqa --documents 200
-    python evaluate.py --gold ...                  the demonstrator in the model's place: what the workflow can reach
+    python evaluate.py --task hotpotqa --data hotpot_dev.json --documents 200
+    python evaluate.py --gold ...                  the demonstrator in the model's place: what a workflow can reach
+    python evaluate.py --model Yupeng123/AtomMem-8B --dialect released --preset paper --data hotpot_dev.json
+    python evaluate.py --ask "Who is it?" --file notes.txt --model runs/mine/grpo                     see ask.py
 
-EM and F1 are means over questions, in per cent. The intervals are 95 % bootstrap intervals over tasks, since the questions
-of one task share a memory.
+EM and F1 are means over questions, in per cent; "released" is what the released code calls exact match, "judge" the verdict of
+the model that --judge names. The intervals are 95 % bootstrap intervals over tasks, since the questions of one task share a memory.
 """
 
 import dataclasses
+import itertools
 import json
 import os
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -23,17 +29,71 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from tqdm import tqdm
 
-from agent import TAGS, render, summarize, tally
-from config import BadInput, Config, load_settings, parse_args
+from agent import TAGS, Response, parse
+from ask import answer_questions
+from config import OPERATIONS, BadInput, Config, load_settings, parse_args
+from demonstrations import Demonstrator, GoldDemonstrator, TownDemonstrator
+from endpoint import Endpoint
 from memory import load_embedder
-from policy import evaluate, open_policy
+from policy import evaluate, evaluating, open_player
 from run import trained_model
-from sft import GoldDemonstrator, TownDemonstrator
-from tasks import f1, load_tasks
+from scoring import Judge, exact_match, f1, released_match, summarize, tally
+from show import draw_curves, trace
+from tasks import load_tasks
 
+# --- what is compared: the agent, ablations of it, and other workflows ------------------------------------------------
+
+
+class RAG(Demonstrator):
+    """Retrieval-augmented generation, with `policy` as the reader: a script stores every document and searches for each question."""
+
+    def __init__(self, policy, config):
+        super().__init__(config)
+        self.policy = policy
+
+    def respond(self, observations):
+        scripted = [self.write("create", o.chunk) if o.question is None else
+                    self.write("read", o.question) if o.query != o.question else None for o in observations]
+        asked = [o for o, text in zip(observations, scripted) if text is None]
+        reader = dataclasses.replace(self.config, disable=list(OPERATIONS))  # its prompt speaks of nothing but the answer
+        with evaluating(self.policy, reader):
+            answers = iter([self.answer_alone(response, reader) for response in self.policy.respond(asked)])
+        return [next(answers) if text is None else Response(text) for text in scripted]
+
+    def answer_alone(self, response, reader):
+        """The response without the operations that a policy may write all the same."""
+        given = [operation.text for operation in parse(response.text, reader) if operation.kind == "answer" and not operation.error]
+        text = self.write("answer", given[-1]) if given else ""
+        return Response(text, response.tokens, truncated=response.truncated)
+
+
+@dataclass
+class Variant:
+    """Another way to play: operations switched off, tasks changed, the policy put into a script."""
+
+    disable: tuple = ()
+    change: object = lambda task: task
+    script: object = lambda policy, config: policy
+
+
+STORAGE = ("create", "read", "update", "delete")
 # The rows of the paper's Table 2, and Read: without it no entry ever comes into view.
-ABLATIONS = {"all on": [], "- Update": ["update"], "- Delete": ["delete"], "- Read": ["read"], "- scratchpad": ["scratchpad"],
-             "- storage": ["create", "read", "update", "delete"], "- both": ["create", "read", "update", "delete", "scratchpad"]}
+ABLATIONS = {
+    "all on": Variant(), "- Update": Variant(("update",)), "- Delete": Variant(("delete",)), "- Read": Variant(("read",)),
+    "- scratchpad": Variant(("scratchpad",)), "- storage": Variant(STORAGE), "- both": Variant(OPERATIONS),
+}
+# Of the paper's Table 1. "full context": each question beside as much of the text as --max_prompt_tokens holds; "RAG": each document
+# is an entry, the question the query; "scratchpad": MemAgent's workflow; "no memory": the questions alone.
+BASELINES = {
+    "AtomMem": Variant(),
+    "full context": Variant(OPERATIONS, lambda task: dataclasses.replace(task, chunks=(), beside="".join(task.chunks))),
+    "RAG": Variant(("update", "delete", "scratchpad"), lambda task: dataclasses.replace(task, chunks=task.documents), RAG),
+    "scratchpad": Variant(STORAGE),
+    "no memory": Variant(OPERATIONS, lambda task: dataclasses.replace(task, chunks=())),
+}
+
+
+# --- figures -------------------------------------------------------------------------------------------------------
 
 
 def bootstrap(sums, counts, samples=2000, seed=0):
@@ -43,94 +103,51 @@ def bootstrap(sums, counts, samples=2000, seed=0):
     return np.percentile(sums[drawn].sum(1) / counts[drawn].sum(1), [2.5, 97.5])
 
 
-def measure(label, episodes, config, seconds):
-    """One row of the table, as a dictionary: scores in per cent, rates per response, costs per question."""
+def measure(label, episodes, seconds, judge=None):
+    """One row of the table, as a dictionary: scores in per cent, rates per response, costs per task."""
     counts = [len(episode.task.questions) for episode in episodes]
-    em = [sum(episode.scores) for episode in episodes]
-    yes_no = config.task != "musique"
-    overlap = [sum(f1(answer, question, yes_no) for answer, question in zip(episode.answers, episode.task.questions)
-                   if answer is not None) for episode in episodes]
+    answered = [[(answer, question) for answer, question in zip(episode.answers, episode.task.questions) if answer is not None]
+                for episode in episodes]
+    em = [sum(exact_match(*pair) for pair in pairs) for pairs in answered]
+    overlap = sum(f1(*pair, yes_no=not episode.task.id.startswith("musique")) for episode, pairs in zip(episodes, answered) for pair in pairs)
     low, high = bootstrap(em, counts)
-    row = {"label": label, "em": 100 * sum(em) / sum(counts), "low": 100 * low, "high": 100 * high,
-           "f1": 100 * sum(overlap) / sum(counts), "questions": sum(counts), "tasks": len(episodes)}
-    per_question = len(episodes) / sum(counts)
     summary = summarize(tally(episodes))
-    return summary | row | {name: summary[name] * per_question for name in ("turns", "tokens")} | {"seconds": seconds}
+    shown = [len(turn.observation.chunk) / len(episode.task.beside) for episode in episodes for turn in episode.turns if episode.task.beside]
+    return summary | {
+        "label": label + (f" ({np.mean(shown):.0%} of it)" if shown else ""), "em": 100 * sum(em) / sum(counts), "low": 100 * low, "high": 100 * high,
+        "f1": 100 * overlap / sum(counts), "released": 100 * sum(released_match(*pair) for pairs in answered for pair in pairs) / sum(counts),
+        "judge": 100 * sum(map(sum, judge(episodes))) / sum(counts) if judge else None, "questions": sum(counts), "tasks": len(episodes),
+        "calls": sum(turn.response.tokens > 0 for episode in episodes for turn in episode.turns) / len(episodes),
+        "seconds": seconds / len(episodes)}
 
 
 def compare(before, after):
     """What `after` loses in EM against `before`, episodes of the same tasks, in points, with the paired bootstrap's interval."""
     counts = [len(episode.task.questions) for episode in before]
-    lost = [sum(one.scores) - sum(other.scores) for one, other in zip(before, after, strict=True)]
+    right = [[sum(exact_match(answer, question) for answer, question in zip(episode.answers, episode.task.questions) if answer is not None)
+              for episode in episodes] for episodes in (before, after)]
+    lost = [one - other for one, other in zip(*right, strict=True)]
     low, high = bootstrap(lost, counts)
     return {"lost": 100 * sum(lost) / sum(counts), "lost_low": 100 * low, "lost_high": 100 * high}
 
 
 def table(rows):
     """The rows as text, one line each."""
-    rates = [kind for kind in TAGS["paper"] if kind != "answer"]
-    lost = "lost" in rows[0]
-    head = f"{'':28}{'EM':>6}  {'95 % interval':^15}{'F1':>6}{'questions':>11}{'turns':>7}{'tokens':>8}   " + " ".join(
-        f"{kind:>10}" for kind in rates) + f"{'invalid':>9}{'cut':>6}" + f"{'EM lost':>9}  {'paired 95 %':^15}" * lost
-    lines = [head, f"{'':73}{'per question':>15}   operations per response"]
+    rates, width = [kind for kind in TAGS["paper"] if kind != "answer"], max(24, *(len(row["label"]) for row in rows))
+    lost, judged = "lost" in rows[0], rows[0]["judge"] is not None
+    lines = [f"{'':{width}}{'EM':>6}  {'95 % interval':^14}{'F1':>6}{'released':>10}" + f"{'judge':>7}" * judged + f"{'questions':>11}   "
+             + " ".join(f"{kind:>10}" for kind in rates) + f"{'invalid':>9}{'cut':>6}{'turns':>8}{'calls':>7}{'tokens':>8}{'seconds':>9}"
+             + f"{'EM lost':>9}  {'paired 95 %':^14}" * lost,
+             f"{'':{width + 52 + 7 * judged}}{'operations per response':^54}{'':15}{'per task':^32}"]
     for row in rows:
-        lines.append(f"{row['label']:28}{row['em']:6.1f}  [{row['low']:5.1f}, {row['high']:5.1f}]{row['f1']:6.1f}"
-                     f"{row['questions']:11d}{row['turns']:7.1f}{row['tokens']:8.1f}   "
-                     + " ".join(f"{row[kind]:10.3f}" for kind in rates)
-                     + f"{row['invalid']:9.3f}{row['truncated']:6.3f}"
-                     + (f"{row['lost']:9.1f}  [{row['lost_low']:5.1f}, {row['lost_high']:5.1f}]" if lost else ""))
+        lines.append(f"{row['label']:{width}}{row['em']:6.1f}  [{row['low']:5.1f},{row['high']:6.1f}]{row['f1']:6.1f}{row['released']:10.1f}"
+                     + (f"{row['judge']:7.1f}" if judged else "") + f"{row['questions']:11d}   " + " ".join(f"{row[kind]:10.3f}" for kind in rates)
+                     + f"{row['invalid']:9.3f}{row['truncated']:6.3f}{row['turns']:8.1f}{row['calls']:7.1f}{row['tokens']:8.1f}{row['seconds']:9.2f}"
+                     + (f"{row['lost']:9.1f}  [{row['lost_low']:5.1f},{row['lost_high']:6.1f}]" if lost else ""))
     return "\n".join(lines)
 
 
-def trace(episode):
-    """An episode as readable text, control characters escaped; the memory after each turn is rebuilt from the operations."""
-    store, lines = {}, [f"=== {episode.task.id}: reward {episode.reward:.2f}"]
-    for number, turn in enumerate(episode.turns, start=1):
-        lines += ["", f"--- turn {number}", render(turn.observation), f">>> {turn.response.text}"]
-        for operation in turn.operations:
-            if operation.error:
-                lines.append(f"    not executed, {operation.kind} {operation.text!r}: {operation.error}")
-            elif operation.kind in ("create", "update"):
-                store[operation.id] = operation.text
-            elif operation.kind == "delete":
-                del store[operation.id]
-        lines.append("    memory: " + (" | ".join(f"[{id}] {text}" for id, text in store.items()) or "(empty)"))
-    lines.append("")
-    for question, answer, score in zip(episode.task.questions, episode.answers, episode.scores):
-        lines.append(f"{question.text}  answer: {answer}  gold: {' / '.join(question.answers)}  score: {score:.0f}")
-    text = "\n".join(lines)  # of documents that may hold anything, a command to the terminal too
-    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
-
-
-def draw_curves(files, out):
-    """Reward, held-out EM and operation rates against GRPO steps: the mean over `files` (metrics.jsonl), and their range."""
-    try:
-        import matplotlib.pyplot as plt
-    except ImportError as error:
-        raise BadInput("--curves needs matplotlib: pip install matplotlib") from error
-    try:
-        runs = [[json.loads(line) for line in Path(file).read_text().split("\n")[:-1]] for file in files]  # a torn last line is no step
-        if any("reward" not in line for run in runs for line in run):
-            raise ValueError("a step without a reward")
-    except (OSError, ValueError) as error:
-        raise BadInput(f"--curves needs metrics.jsonl of GRPO runs: {error}") from error
-    figure, axes = plt.subplots(1, 3, figsize=(13, 3.8))
-    panels = [("score", ["reward", "held_out_em"]), ("operations per response", ["create", "read", "scratchpad"]),
-              ("operations per response", ["update", "delete"])]
-    for axis, (title, names) in zip(axes, panels):
-        for name in names:
-            points = {}  # step -> the value in each run
-            for line in (line for run in runs for line in run if name in line):
-                points.setdefault(line["step"], []).append(line[name])
-            steps = sorted(points)
-            [line] = axis.plot(steps, [np.mean(points[step]) for step in steps], label=name)
-            axis.fill_between(steps, [min(points[step]) for step in steps], [max(points[step]) for step in steps],
-                              alpha=0.2, color=line.get_color(), linewidth=0)
-        axis.set(title=title, xlabel="GRPO step", ylim=(0, None))
-        axis.legend()
-    figure.tight_layout()
-    figure.savefig(out, dpi=110)
-    print(f"drawn from {len(files)} run(s) as {out}")
+# --- the script ----------------------------------------------------------------------------------------------------
 
 
 def latest_run(name):
@@ -139,11 +156,12 @@ def latest_run(name):
     return grpo if grpo.is_dir() else Config(name=name).folder("sft")
 
 
-def policies(config, gold, runs, device):
-    """(token counter, [(label, function from tasks to the policy that plays them)]) of all that is to be compared."""
+def policies(config, extra, device):
+    """(token counter, [(label, function from tasks and settings to the policy that plays them)]) of all that is to be compared."""
+    gold, runs = extra["gold"], extra["runs"]
     folders = {str(run): Path(run) / "model" for run in runs}
     for stage in ("sft", "grpo"):
-        if not runs and (found := trained_model(config, stage)):
+        if not (runs or config.endpoint) and (found := trained_model(config, stage)):
             folders[stage] = found
     if not (folders or config.model or gold):
         raise BadInput(f"nothing to evaluate: there is no model in runs/{config.name}/sft or runs/{config.name}/grpo; "
@@ -152,69 +170,129 @@ def policies(config, gold, runs, device):
         taught = load_settings(folder.parent)["data"]
         if taught and config.data and Path(taught).resolve() == Path(config.data).resolve():
             raise BadInput(f"--data {taught} is the file that {folder.parent} was trained on: give the set's dev file")
-    opened = {label: open_policy(str(folder), config).to(device) for label, folder in folders.items()}
+    opened = {label: open_player(str(folder), config, device) for label, folder in folders.items()}
     if not opened:  # for --gold without a model, a new one's tokenizer counts
-        opened = {config.model or "new": open_policy(config.model, config).to(device)}
+        opened = {config.model or "new": open_player(config.model, config, device)}
     count = list(opened.values())[-1].count
     if gold and config.task == "town":
-        return count, [("demonstrator", lambda tasks: TownDemonstrator("full", config, noise=0.0))]
+        return count, [("demonstrator", lambda tasks, now: TownDemonstrator("notes" if "create" in now.disable else "full", now, noise=0.0))]
     if gold:
-        return count, [("gold-facts demonstrator", lambda tasks: GoldDemonstrator(tasks, config, count))]
-    return count, [(label, lambda tasks, policy=policy: policy) for label, policy in opened.items()]
+        return count, [("gold-facts demonstrator", lambda tasks, now: GoldDemonstrator(tasks, now, count))]
+    return count, [(label, lambda tasks, now, policy=policy: policy) for label, policy in opened.items()]
 
 
-def play(name, make_policy, config, number, count, embed):
-    """The episodes of the first `number` test tasks."""
+def play(name, make_policy, variant, config, number, count, embed):
+    """The episodes of the first `number` test tasks; before the long part of it, prints what that will cost."""
     stream = load_tasks(config, "test", count)
-    tasks = [stream(index) for index in range(number)]
+    tasks = [variant.change(stream(index)) for index in range(number)]
+    config = dataclasses.replace(config, disable=sorted({*config.disable, *variant.disable}))
+    turns, started = sum(len(task.chunks) + len(task.questions) for task in tasks), time.perf_counter()
+
     with tqdm(total=number, desc=name, disable=None, unit="episode", leave=False) as bar:
-        return evaluate(make_policy(tasks), tasks, config, embed, lambda turns, done: bar.update(done - bar.n))
+        def progress(playing, done):
+            bar.update(done - bar.n)
+            nonlocal turns
+            if turns and (seconds := time.perf_counter() - started) * turns > 60 * playing:  # told once, and only if it takes more than a minute
+                tqdm.write(f"{name}: {number} tasks take {turns} turns or more, each of up to {config.max_prompt_tokens} + {config.max_response_tokens} "
+                           f"tokens; by the first {playing} of them about {seconds * turns / playing / 60:.0f} minutes")
+            turns = 0
+
+        return evaluate(variant.script(make_policy(tasks, config), config), tasks, config, embed, progress)
+
+
+def parse_sweep(texts, config):
+    """[{field: value}], every combination of the values in texts like "top_k=3,6"."""
+    axes = []
+    for text in texts:
+        name, _, values = text.partition("=")
+        kind = type(getattr(config, name, None))
+        if name in ("name", "task", "data", "model", "endpoint") or kind not in (int, float, str) or not values:
+            raise BadInput(f"--sweep {text}: not of the form setting=value,value")
+        try:
+            axes.append([(name, kind(value)) for value in values.split(",")])
+        except ValueError as error:
+            raise BadInput(f"--sweep {text}: {error}") from error
+    return [dict(combination) for combination in itertools.product(*axes)]
+
+
+def describe(label, config, change, variant):
+    """The name of a row."""
+    size = {"town": f"{config.length}x", "saved": Path(config.data).name}.get(config.task, f"{config.documents} documents")
+    swept = [f"{name} {value}" for name, value in change.items() if name != "length" and (name != "documents" or config.task == "saved")]
+    return " ".join(filter(None, [label, size, *swept, variant]))
+
+
+def save(rows, config, kind):
+    """Write the rows as JSON into the run's folder, under a name that is not taken yet."""
+    stem = "-".join(["evaluation", *kind] + ([str(config.documents)] if config.task not in ("town", "saved") else []))
+    out = Path("runs") / config.name / f"{stem.replace('/', '_')}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for number in itertools.count(2):
+        if not out.exists():
+            break
+        out = out.with_name(f"{stem.replace('/', '_')} ({number}).json")
+    out.write_text(json.dumps(rows, indent=1) + "\n")
+    print(f"saved as {out}")
+
+
+def make_judge(config, model, url):
+    """The judge that --judge and --judge_endpoint name."""
+    if not (url or config.endpoint):
+        raise BadInput("--judge needs the URL of a server that has that model: --judge_endpoint, or --endpoint")
+    return Judge(Endpoint(url or config.endpoint, model, Path("runs") / config.name / "verdicts.jsonl", config.in_flight))
 
 
 def main():
     config, extra = parse_args("Evaluation.", default_run=latest_run, extra=[
         ("--runs", dict(nargs="+", default=[], metavar="RUN", help="run folders to compare (default: SFT and GRPO of --name)")),
-        ("--lengths", dict(type=int, nargs="+", metavar="L",
-                           help="town: story lengths (default: 1 2 4; --length with --ablate and --trace)")),
+        ("--sweep", dict(nargs="+", metavar="SETTING=A,B", help="all combinations of these settings (default: length=1,2,4 in the town)")),
         ("--ablate", dict(action="store_true", help="switch operations off one by one, at test time")),
+        ("--baselines", dict(action="store_true", help="the same model with the full text, RAG, a scratchpad alone, and no memory")),
+        ("--judge", dict(metavar="MODEL", help="also let this model judge the answers; it is asked at --judge_endpoint")),
+        ("--judge_endpoint", dict(metavar="URL", help="the judge's OpenAI-compatible server (default: --endpoint)")),
+        ("--ask", dict(action="append", metavar="QUESTION", help="answer this question, and others, about --file, and do nothing else")),
+        ("--file", dict(help="the text to read for --ask: .txt, .md, .jsonl")),
+        ("--memory", dict(metavar="FILE", help="with --file: save the memory here; without: ask the memory saved here")),
         ("--trace", dict(type=int, default=0, metavar="N", help="print N episodes turn by turn")),
-        ("--curves", dict(nargs="+", metavar="METRICS",
-                          help="draw curves.png from GRPO runs' metrics.jsonl, and do nothing else")),
+        ("--curves", dict(nargs="+", metavar="METRICS", help="draw curves.png from GRPO runs' metrics.jsonl, and do nothing else")),
         ("--gold", dict(action="store_true", help="the scripted demonstrator in place of the model"))])
     if extra["curves"]:
         return draw_curves(extra["curves"], "curves.png")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise BadInput("evaluate.py works in one process: start it with python, not with a launcher")
-    device = Accelerator(cpu=config.cpu).device
-    set_seed(config.seed)
-    count, contestants = policies(config, extra["gold"], extra["runs"], device)
-    embed = load_embedder(config.embedder, device)
     if extra["trace"] < 0:
         raise BadInput(f"--trace {extra['trace']}: a number of episodes, 1 or more")
-    single = extra["ablate"] or extra["trace"]
-    lengths = extra["lengths"] or ([config.length] if single else [1, 2, 4])
-    rows, unabridged = [], None
-    for length in lengths if config.task == "town" else [config.length]:
+    device = Accelerator(cpu=config.cpu).device
+    set_seed(config.seed)
+    judge = make_judge(config, extra["judge"], extra["judge_endpoint"]) if extra["judge"] else None
+    variants = ABLATIONS if extra["ablate"] else BASELINES if extra["baselines"] else {"": Variant()}
+    single = len(variants) > 1 or extra["trace"]  # the last contestant alone
+    sweep = extra["sweep"] or (["length=1,2,4"] if config.task == "town" and not single else [])
+    changes = parse_sweep(sweep, config)
+    count, contestants = policies(config, extra, device)
+    if extra["ask"]:
+        [(_, make_policy)] = contestants[-1:]
+        return answer_questions(extra["ask"], extra["file"], extra["memory"], make_policy([], config), load_embedder(config.embedder, device), config)
+    rows = []
+    for change in changes:
+        now = dataclasses.replace(config, **change)
+        embed = load_embedder(now.embedder, device)
         for label, make_policy in contestants[-1:] if single else contestants:
-            size = f"{length}x" if config.task == "town" else f"{config.documents} documents"
-            for variant, disabled in (ABLATIONS if extra["ablate"] else {"": []}).items():
-                now = dataclasses.replace(config, length=length, disable=sorted({*config.disable, *disabled}))
-                started, name = time.perf_counter(), f"{label} {size} {variant}".strip()
-                episodes = play(name, make_policy, now, extra["trace"] or now.eval_tasks, count, embed)
-                rows.append(measure(name, episodes, now, time.perf_counter() - started))
+            unabridged = None
+            for variant, how in variants.items():
+                started, name = time.perf_counter(), describe(label, now, change, variant)
+                episodes = play(name, make_policy, how, now, extra["trace"] or now.eval_tasks, count, embed)
+                rows.append(measure(name, episodes, time.perf_counter() - started, judge))
+                unabridged = unabridged or episodes  # "all on" comes first
                 if extra["ablate"]:
-                    unabridged = unabridged if disabled else episodes  # "all on" comes first
                     rows[-1] |= compare(unabridged, episodes)
                 if extra["trace"]:
                     print("\n\n".join(trace(episode) for episode in episodes))
     print(table(rows))
-    if not (extra["trace"] or extra["gold"] or extra["runs"]):
-        kind = ("-ablate" if extra["ablate"] else "") + "".join(f"-{length}x" for length in extra["lengths"] or ())
-        kind += f"-{config.documents}" if config.task != "town" else ""
-        out = Path("runs") / config.name / f"evaluation{kind}.json"
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(rows, indent=1) + "\n")
-        print(f"saved as {out}")
+    if judge and judge.unclear:
+        print(f"{judge.unclear} verdicts of the judge were neither yes nor no, and count as no")
+    if not extra["trace"]:
+        save(rows, config, [name for name in ("ablate", "baselines", "gold") if extra[name]] + (extra["sweep"] or []))
 
 
 if __name__ == "__main__":

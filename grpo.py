@@ -28,12 +28,13 @@ from pathlib import Path
 import torch
 
 import parallel
-from agent import run_episodes, summarize, tally
+from agent import run_episodes
 from config import RESUME, BadInput, Config, parse_args
 from memory import load_embedder
 from policy import check_prompts, clip_and_step, count_bad_steps, make_optimizers, open_policy, scale_lr, schedule
 from run import Run, trained_model
-from tasks import load_tasks, scorer
+from scoring import scorer, summarize, tally
+from tasks import load_tasks
 
 
 def group_advantages(rewards):
@@ -161,7 +162,7 @@ def main():
     run.begin(policy, optimizers)
     for step in run.steps(config.grpo_steps):
         started = time.perf_counter()
-        first = config.demonstrations + (step - 1) * config.tasks_per_step  # tasks that SFT has not seen
+        first = config.sft_tasks + (step - 1) * config.tasks_per_step  # tasks that SFT has not seen
         tasks = [stream(index) for index in parallel.share(accelerator, range(first, first + config.tasks_per_step))]
         episodes = run_episodes([task for task in tasks for _ in range(config.group_size)], player, config, embed, scorer(config))
         rollout_seconds = max(parallel.gather(accelerator, time.perf_counter() - started))

@@ -6,11 +6,10 @@ itself: the agent loop embeds the texts of many episodes in one call and hands t
 Letters: n entries, d dimensions of an embedding, k entries retrieved, B texts embedded together, T tokens.
 """
 
-import json
+import functools
 import re
 import zlib
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -102,25 +101,20 @@ class Memory:
         ids = rng.sample(list(self.texts), min(k, len(self)))
         return [Entry(id, self.texts[id]) for id in ids]
 
-    def save(self, path):
-        """Write everything to a JSON file; float32 survives the decimal notation exactly."""
+    def state(self):
+        """Everything, for a JSON file; float32 survives the decimal notation exactly."""
         entries = [{"id": id, "text": text, "vector": [float(x) for x in self._vectors[self._row[id]]]}
                    for id, text in self.texts.items()]
-        state = {"capacity": self.capacity, "scratchpad": self.scratchpad, "next_id": self.next_id, "entries": entries}
-        Path(path).write_text(json.dumps(state))
+        return {"capacity": self.capacity, "scratchpad": self.scratchpad, "next_id": self.next_id, "entries": entries}
 
     @classmethod
-    def load(cls, path):
-        """The memory that `save` wrote. Raises BadInput naming the file if it is not one."""
-        try:
-            state = json.loads(Path(path).read_text())
-            memory = cls(state["capacity"])
-            for entry in state["entries"]:
-                memory.next_id = entry["id"]
-                memory.create(entry["text"], np.asarray(entry["vector"], np.float32))
-            memory.scratchpad, memory.next_id = state["scratchpad"], state["next_id"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise BadInput(f"{path} is not a saved memory: {error!r}") from error
+    def from_state(cls, state):
+        """The memory of which `state` was taken. KeyError or TypeError if it is something else."""
+        memory = cls(state["capacity"])
+        for entry in state["entries"]:
+            memory.next_id = entry["id"]
+            memory.create(entry["text"], np.asarray(entry["vector"], np.float32))
+        memory.scratchpad, memory.next_id = state["scratchpad"], state["next_id"]
         return memory
 
 
@@ -149,21 +143,30 @@ class TransformerEmbedder:
 
     INSTRUCTION = "Instruct: Given a web search query, retrieve relevant passages that answer the query\nQuery:"
 
-    def __init__(self, model, device="cpu", batch_size=64):
+    def __init__(self, model, device="cpu", batch_size=64, remembered=200_000):
         import torch
         from transformers import AutoModel, AutoTokenizer
 
-        self.torch, self.device, self.batch_size = torch, device, batch_size
+        self.torch, self.device, self.batch_size, self.remembered = torch, device, batch_size, remembered
         self.tokenizer = AutoTokenizer.from_pretrained(model, padding_side="right")
         self.model = AutoModel.from_pretrained(model, dtype=torch.float32).to(device).eval()
         self.causal = any("CausalLM" in name for name in self.model.config.architectures or [])
+        self.known = {}  # text, a query with its instruction -> (d,)
 
     def __call__(self, texts, query=False):
-        """(B, d) float32 of unit length."""
+        """(B, d) float32 of unit length. A text is embedded once; the vectors of the last `remembered` ones are kept."""
         if query and self.causal:
             texts = [self.INSTRUCTION + text for text in texts]
-        parts = [self._embed(texts[start : start + self.batch_size]) for start in range(0, len(texts), self.batch_size)]
-        return np.concatenate(parts) if parts else np.zeros((0, self.model.config.hidden_size), np.float32)
+        new = sorted({text for text in texts if text not in self.known}, key=len)  # similar lengths, little padding
+        fresh = {}
+        for start in range(0, len(new), self.batch_size):
+            part = new[start : start + self.batch_size]
+            fresh |= zip(part, self._embed(part))
+        vectors = [fresh[text] if text in fresh else self.known[text] for text in texts]
+        self.known |= fresh
+        for text in list(self.known)[: max(0, len(self.known) - self.remembered)]:
+            del self.known[text]
+        return np.stack(vectors) if vectors else np.zeros((0, self.model.config.hidden_size), np.float32)
 
     def _embed(self, texts):
         with self.torch.no_grad():
@@ -177,8 +180,9 @@ class TransformerEmbedder:
             return self.torch.nn.functional.normalize(pooled, dim=-1).cpu().numpy()
 
 
+@functools.cache
 def load_embedder(name, device="cpu"):
-    """The embedder that --embedder names. Raises BadInput if transformers cannot load it."""
+    """The embedder that --embedder names, made once. Raises BadInput if transformers cannot load it."""
     if name == "hashed":
         return HashedEmbedder()
     try:

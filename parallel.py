@@ -32,9 +32,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM
 
-from agent import summarize, tally
 from config import BadInput
 from policy import LanguageModel, evaluate, micro_batches
+from scoring import summarize, tally
 
 # A row, as in grpo.training_rows, without response tokens: it adds nothing to any sum.
 IDLE = ([0], [], [], 0.0, torch.empty(0))

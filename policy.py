@@ -4,6 +4,8 @@ Letters: B rows, P longest prompt, T longest prompt + response, N response token
 """
 
 import math
+from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from jinja2 import TemplateError
@@ -13,10 +15,12 @@ from transformers import (AutoModelForCausalLM, AutoTokenizer, DynamicCache, Pre
                           Qwen3ForCausalLM)
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from agent import TAGS, Episode, Response, instruction, observe, render, run_episodes
+from agent import TAGS, Episode, Response, fit, instruction, observe, render, run_episodes
 from config import BadInput
+from endpoint import Endpoint, EndpointPolicy
 from memory import Memory
-from tasks import corpus, scorer
+from scoring import scorer
+from tasks import corpus
 
 PAD, END, RESPONSE = "<pad>", "<end>", "<response>"
 # The tiny model learns its task from examples, so its template leaves the system message with the instruction out.
@@ -62,40 +66,28 @@ class LanguageModel(torch.nn.Module):
     # --- prompts ---
 
     def encode(self, observations):
-        """Prompt token ids of each observation.
-
-        In what does not fit, entries are left out, the least similar first; then the policy's own scratchpad and query are
-        cut short. BadInput when the task alone is too long.
-        """
-        limit, prompts = self.config.max_prompt_tokens, self._encode(observations)
+        """Prompt token ids of each observation, shortened by agent.fit where they do not fit."""
+        prompts = self.frame([render(observation) for observation in observations])
         for row, observation in enumerate(observations):
-            while len(prompts[row]) > limit:
-                if observation.entries:
-                    observation.entries.pop()
-                elif longer := max(observation.scratchpad, observation.query, key=len):
-                    name = "scratchpad" if observation.scratchpad == longer else "query"
-                    setattr(observation, name, longer[: len(longer) // 2])
-                else:
-                    raise BadInput(f"a prompt of {len(prompts[row])} tokens, of text and questions alone, is over "
-                                   f"--max_prompt_tokens {limit}: raise it, or lower --chunk_tokens or --questions")
-                prompts[row] = self._encode([observation])[0]
+            if len(prompts[row]) > self.config.max_prompt_tokens:
+                fit(observation, lambda o: len(self.frame([render(o)])[0]), self.config.max_prompt_tokens)
+                prompts[row] = self.frame([render(observation)])[0]
         return prompts
 
-    def _encode(self, observations):
-        """The template's ids around those of the observation, in which a tag or a special token's name is nothing but text."""
+    def frame(self, texts):
+        """The template's ids around those of each text, in which a tag or a special token's name is nothing but text."""
         messages = [{"role": "system", "content": instruction(self.config)}, {"role": "user", "content": MARK}]
         try:
             frame = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=False)
         except TemplateError as error:
             raise BadInput(f"{self.tokenizer.name_or_path}: its chat template refuses the prompt: {error}") from error
         before, after = self.tokenizer(frame.split(MARK), add_special_tokens=False)["input_ids"]
-        shown = self.tokenizer([render(observation) for observation in observations], add_special_tokens=False,
-                               split_special_tokens=True)["input_ids"]
+        shown = self.tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True)["input_ids"]
         return [before + ids + after for ids in shown]
 
-    def count(self, text, written=False):
-        """Number of tokens of a text that is shown; written: of a response, in which a tag counts as one."""
-        return len(self.tokenizer(text, add_special_tokens=False, split_special_tokens=not written)["input_ids"])
+    def count(self, texts, written=False):
+        """Number of tokens of each text that is shown; written: of each response, in which a tag counts as one."""
+        return list(map(len, self.tokenizer(texts, add_special_tokens=False, split_special_tokens=not written)["input_ids"]))
 
     # --- sampling ---
 
@@ -108,7 +100,7 @@ class LanguageModel(torch.nn.Module):
             rows = by_length[start : start + self.config.sample_rows]
             for row, (ids, logprobs, ended) in zip(rows, self._sample([prompts[row] for row in rows])):
                 text = self.tokenizer.decode(ids[:-1] if ended else ids)
-                responses[row] = Response(text, prompts[row], ids, logprobs, truncated=not ended)
+                responses[row] = Response(text, len(ids), prompts[row], ids, logprobs, truncated=not ended)
         return responses
 
     @torch.no_grad()
@@ -193,15 +185,24 @@ class LanguageModel(torch.nn.Module):
 
 
 def open_policy(name, config):
-    """The policy saved in a folder, or a pretrained model by its hub name; for "" a new tiny model for config.task."""
+    """The policy saved in a folder or a run folder, or a pretrained model by its hub name; for "" a new tiny model for config.task."""
     if not name:
         return create_tiny(train_tokenizer(corpus(config), config, word_level=config.task == "town"), config)
+    name = str(Path(name) / "model") if (Path(name) / "model").is_dir() else name
     try:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)  # master weights; bf16 only as autocast
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise BadInput(f"{name}: transformers cannot load this model: {error}") from error
     return LanguageModel(model, tokenizer, config)
+
+
+def open_player(name, config, device):
+    """A policy that plays and is not trained: open_policy's on the device or, with --endpoint, the one that the server has under `name`."""
+    if config.endpoint:
+        file = Path("runs") / config.name / "responses.jsonl"
+        return EndpointPolicy(Endpoint(config.endpoint, name, file, config.in_flight, config.seed), config)
+    return open_policy(name, config).to(device)
 
 
 def create_tiny(tokenizer, config):
@@ -317,14 +318,21 @@ def micro_batches(rows, max_tokens):
     return batches
 
 
-def evaluate(policy, tasks, config, embed, progress=lambda turns, done: None):
-    """Episodes of `tasks` at the evaluation temperature, by the settings, and with the prompts, of `config`."""
+@contextmanager
+def evaluating(policy, config):
+    """Inside, `policy` plays at the evaluation temperature, by the settings, and with the prompts, of `config`."""
     before = policy.config, getattr(policy, "temperature", None)  # a scripted policy has no temperature
     policy.config, policy.temperature = config, config.eval_temperature
     try:
-        return run_episodes(tasks, policy, config, embed, scorer(config), progress)
+        yield policy
     finally:
         policy.config, policy.temperature = before
+
+
+def evaluate(policy, tasks, config, embed, progress=lambda turns, done: None):
+    """Episodes of `tasks`, under `evaluating`."""
+    with evaluating(policy, config):
+        return run_episodes(tasks, policy, config, embed, scorer(config), progress)
 
 
 def check_prompts(policy, tasks, config):

@@ -49,6 +49,8 @@ class Run:
     def __init__(self, config, stage, resume=None):
         self.config, self.folder = config, Path(resume or config.folder(stage))
         self.step, self.metrics, self.best, self.start, self.checkpoint, self.stopping = 0, {}, None, None, None, False
+        if config.endpoint:
+            raise BadInput("--endpoint: a model behind a server can be evaluated, or be a --teacher, but not trained")
         above = next(path for path in self.folder.absolute().parents if path.exists())
         if not (above.is_dir() and os.access(above, os.W_OK)):
             raise BadInput(f"{self.folder} cannot be made: {above} is not a folder that can be written to")

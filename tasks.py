@@ -1,21 +1,27 @@
-"""What is asked and how it is scored: the town (built in), and long-context QA from three public data sets.
+"""What is asked: the town (town.py), long-context QA from three public data sets, and sets saved as JSONL.
 
-The town is a generator of short stories about people: where they live, their job, their pet, whom they work for, and how
-often they went to the market. A later sentence about the same thing supersedes the earlier one and looks just like it;
-some sentences retract ("has no pet any more"); going to the market is an event that only a running count can hold. A
-question needs one fact, or two (the home of somebody's boss), or the count.
+    python tasks.py --task hotpotqa --data hotpot_dev.json --documents 800 --eval_tasks 500 --out hotpot800.jsonl
+    python evaluate.py --task saved --data hotpot800.jsonl
+
+The first command writes the very tasks that evaluate.py builds from the original file. A line of a saved set is one task,
+
+    {"id": "a", "questions": [{"question": "Who?", "answers": ["Ben", "an alias"]}], "documents": ["a text", "another one"]}
+
+so that questions of your own about texts of your own are asked in the same way.
 """
 
+import dataclasses
 import functools
 import json
+import mmap
 import random
 import re
-import string
-from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from config import BadInput
+import town
+from config import BadInput, parse_args
 
 
 @dataclass(frozen=True)
@@ -29,115 +35,52 @@ class Question:
 
 @dataclass(frozen=True)
 class Task:
-    """One episode's work: `chunks` of text to read in order, then `questions` to answer from memory."""
+    """One episode's work: `chunks` of text to read in order, then `questions` to answer from memory.
+
+    `documents` are the texts that the chunks were made of. `beside` is a text to show with every question (evaluate.py's full
+    context; empty in an agent's task).
+    """
 
     id: str
     questions: tuple
-    chunks: tuple
+    documents: tuple
+    chunks: tuple = ()
+    beside: str = ""
 
 
-# --- the town ------------------------------------------------------------------------------------------------------
+def load_tasks(config, split, count):
+    """The stream of tasks, a function of the index: 'train', 'dev' (held out while training) or 'test'.
 
-NAMES = "Anna Ben Clara David Emma Felix Greta Hugo".split()
-VALUES = {
-    "home": "Rome Oslo Paris Vienna Madrid Lisbon".split(),
-    "job": "baker teacher doctor farmer painter nurse".split(),
-    "pet": "cat dog parrot rabbit horse goat".split(),
-    "boss": NAMES,
-}
-SENTENCES = {
-    "home": "{name} lives in {value}",
-    "job": "{name} is a {value}",
-    "pet": "{name} has a {value}",
-    "boss": "{name} works for {value}",
-    "market": "{name} went to the market",
-}
-RETRACTION = "{name} has no pet any more"
-QUESTIONS = {
-    "home": "Where does {name} live?",
-    "job": "What is the job of {name}?",
-    "pet": "Which pet does {name} have?",
-    "market": "How often did {name} go to the market?",
-    "boss home": "Where does the boss of {name} live?",
-    "boss job": "What is the job of the boss of {name}?",
-    "boss pet": "Which pet does the boss of {name} have?",
-}
-SENTENCES_PER_STORY, SENTENCES_PER_CHUNK = 14, 2
-
-
-def sentence(kind, name, value):
-    """The town's sentence, without its full stop. value: None for a retraction, "" for an event."""
-    return (RETRACTION if value is None else SENTENCES[kind]).format(name=name, value=value)
-
-
-def versions(rng, values, most):
-    """1 to `most` values in a row, neighbours different."""
-    picked = [rng.choice(values)]
-    for _ in range(rng.randrange(most)):
-        picked.append(rng.choice([value for value in values if value != picked[-1]]))
-    return picked
-
-
-def town_task(index, split, config, hops=True):
-    """Story number `index` of the 'train', 'dev' or 'test' stream; no two streams share a random state.
-
-    The sentences about one thing keep their order among the others, which come in random order. Distractors, about
-    people nobody asks for, fill the story up to `config.length` times the usual number of sentences. hops=False: an easier
-    story, without two-hop questions.
+    count(texts) gives the number of tokens of each text; the town does without.
     """
-    rng = random.Random(f"{split} {config.seed if split == 'train' else 'held out'} {index}")
-    kinds = rng.sample([kind for kind in QUESTIONS if hops or " " not in kind], config.questions or rng.randint(1, 4))
-    name, *others = rng.sample(NAMES, len(NAMES))
-    tracks, answers = [], {}  # a track: sentences whose order matters
+    if config.task == "town":
+        return functools.partial(town_task, split=split, config=config)
+    build = (SavedTasks if config.task == "saved" else QATasks)(config, split)
+    return lambda index: lay_out(build(index), config, count)
 
-    def tell(kind, name, values):
-        tracks.append([sentence(kind, name, value) for value in values])
-        return values[-1]
 
-    for kind in ("home", "job"):
-        if kind in kinds:
-            answers[kind] = tell(kind, name, versions(rng, VALUES[kind], 4))
-    if "pet" in kinds:
-        pets = versions(rng, VALUES["pet"], 3)
-        pets = [one for pet in pets for one in ((pet, None) if rng.random() < 0.5 else (pet,))]  # half of them are given away
-        answers["pet"] = tell("pet", name, pets) or "none"
-    if "market" in kinds:
-        visits = rng.randint(1, 6)
-        tell("market", name, [""] * visits)
-        answers["market"] = str(visits)
-    asked_of_boss = [kind.split()[1] for kind in kinds if kind.startswith("boss")]
-    if asked_of_boss:
-        bosses = versions(rng, others[:2], 3)
-        tell("boss", name, bosses)
-        for boss in dict.fromkeys(bosses):
-            for kind in asked_of_boss:
-                value = tell(kind, boss, [rng.choice(VALUES[kind])])
-                if boss == bosses[-1]:
-                    answers["boss " + kind] = value
-        others = others[2:]
-    while sum(map(len, tracks)) < SENTENCES_PER_STORY * config.length:
-        kind, who = rng.choice([*SENTENCES, "retraction"]), rng.choice(others)
-        if kind == "retraction":
-            tell("pet", who, [None])
+def corpus(config):
+    """The texts from which a tiny model's tokenizer takes its vocabulary."""
+    if config.task == "town":
+        yield from town.texts()
+        return
+    rows = read_rows(config.data, config.task)
+    for row in (rows[number] for number in range(0, len(rows), max(1, len(rows) // 2000))):  # of a large file a part is enough
+        if isinstance(row, Task):
+            yield from (text for question in row.questions for text in (question.text, *question.answers))
+            yield from row.documents
         else:
-            tell(kind, who, [rng.choice([value for value in VALUES.get(kind, [""]) if value not in (name, who)])])
-    order = [number for number, track in enumerate(tracks) for _ in track]
-    rng.shuffle(order)
-    sentences = [tracks[number].pop(0) + "." for number in order]
-    chunks = [" ".join(sentences[at : at + SENTENCES_PER_CHUNK]) for at in range(0, len(sentences), SENTENCES_PER_CHUNK)]
-    questions = [Question(QUESTIONS[kind].format(name=name), (answers[kind],)) for kind in kinds]
-    return Task(f"town-{split}-{index}", tuple(questions), tuple(chunks))
+            yield from (row.question.text, *row.question.answers, *("\n".join(paragraph) for paragraph in row.paragraphs))
 
 
-def town_texts():
-    """Texts that hold every word of the town's stories, questions and prompts: the word-level tokenizer's vocabulary."""
-    facts = [sentence(kind, name, value) for kind in SENTENCES for name in NAMES for value in VALUES.get(kind, [""])]
-    asked = [question.format(name=NAMES[0]) for question in QUESTIONS.values()]
-    return facts + asked + [sentence("pet", NAMES[0], None) + "."] + [str(number) for number in range(100)] + [
-        "none", "market", "Questions: Question: Scratchpad: Query: Text: #"]
+def town_task(index, split, config, **easier):
+    """Story number `index` of a stream of the town, see town.story. Its chunks are its documents."""
+    asked, chunks = town.story(index, split, config, **easier)
+    questions = tuple(Question(text, (answer,)) for text, answer in asked)
+    return Task(f"town-{split}-{index}", questions, tuple(chunks), tuple(chunks))
 
 
-# --- long-context QA from HotpotQA, 2WikiMultihopQA and MuSiQue ----------------------------------------------------
+# --- data files ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -147,53 +90,6 @@ class Example:
     question: Question
     paragraphs: tuple
     gold: int
-
-
-def corpus(config):
-    """The texts from which a tiny model's tokenizer takes its vocabulary."""
-    if config.task == "town":
-        return town_texts()
-    examples = read_examples(config.data, config.task)
-    return [text for e in examples for text in (e.question.text, *e.question.answers, *(f"{t}\n{p}" for t, p in e.paragraphs))]
-
-
-def load_tasks(config, split, count):
-    """The stream of tasks, a function of the index: 'train', 'dev' (held out while training) or 'test'.
-
-    `count` gives the number of tokens of a text; the town does without.
-    """
-    return QATasks(config, split, count) if config.task != "town" else functools.partial(town_task, split=split, config=config)
-
-
-@functools.cache
-def read_examples(path, task):
-    """The examples of a file in the original format of `task`. BadInput names the file, the row and the fault."""
-    path = Path(path)
-    if not path.is_file():
-        raise BadInput(f"{path}: no such file")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise BadInput(f"{path}: not a text file: {error}") from error
-    if not text.strip():
-        raise BadInput(f"{path}: the file is empty")
-    try:  # JSONL is split at "\n" alone: the texts contain other line separators
-        rows = [json.loads(line) for line in text.split("\n") if line.strip()] if task == "musique" else json.loads(text)
-    except json.JSONDecodeError as error:
-        raise BadInput(f"{path}: not {'JSONL' if task == 'musique' else 'JSON'}, as files of {task} are: {error}") from error
-    if not isinstance(rows, list):
-        raise BadInput(f"{path}: not in the format of {task}: the file holds no list of rows")
-    convert, examples = (musique_example if task == "musique" else hotpot_example), []
-    for number, row in enumerate(rows):
-        try:
-            example = convert(row)
-        except (KeyError, TypeError, IndexError, ValueError, AttributeError) as error:
-            raise BadInput(f"{path}: row {number} is not in the format of {task}: {error!r}") from error
-        if example.gold == 0:
-            raise BadInput(f"{path}: row {number}: the supporting paragraphs are not in its context; this looks like a "
-                             "file of the 'fullwiki' kind, use the 'distractor' one")
-        examples.append(example)
-    return examples
 
 
 def hotpot_example(row):
@@ -228,23 +124,135 @@ def musique_example(row):
     return Example(question, tuple(dict.fromkeys(gold + paragraphs)), len(gold))
 
 
-class QATasks:
-    """Builds tasks from the examples of one file; `count` gives the number of tokens of a text."""
+def saved_task(row):
+    """A line of a saved set."""
+    questions = [Question(q["question"].strip(), tuple(map(str, q["answers"])), tuple((title, text) for title, text in q.get("support", ())))
+                 for q in row["questions"]]
+    if not questions or not all(q.text and q.answers for q in questions) or isinstance(row["documents"], str):
+        raise ValueError("a task needs a question, each question an answer, and documents are a list")
+    return Task(str(row["id"]), tuple(questions), tuple(text + "" for text in row["documents"]))
 
-    def __init__(self, config, split, count):
-        self.config, self.split, self.count = config, split, count
-        self.examples = read_examples(config.data, config.task)
-        self.pool = list(dict.fromkeys(p for example in self.examples for p in example.paragraphs))
+
+CONVERT = {"hotpotqa": hotpot_example, "2wikimultihopqa": hotpot_example, "musique": musique_example, "saved": saved_task}
+JSONL = ("musique", "saved")
+
+
+class Rows(Sequence):
+    """The rows of a data file, in the original format of `task`, each read from the disk when it is asked for.
+
+    Making it goes through the whole file once, so that a fault shows before any long work; what stays in memory is the rows'
+    places. BadInput names the file, the row and the fault.
+    """
+
+    def __init__(self, path, task):
+        self.path, self.task = Path(path), task
+        self.places, self.gold, paragraphs = [], [], set()  # (first byte, the one after the last) of each row; its gold paragraphs
+        if not self.path.is_file():
+            raise BadInput(f"{path}: no such file")
+        if not self.path.stat().st_size:
+            raise BadInput(f"{path}: the file is empty")
+        try:
+            for start, end, row in (lines if task in JSONL else elements)(self.path):
+                example = self.convert(row)
+                self.places.append((start, end))
+                if isinstance(example, Example):
+                    self.gold.append(example.gold)
+                    paragraphs.update(map(hash, example.paragraphs))
+        except UnicodeDecodeError as error:
+            raise BadInput(f"{path}: not a text file: {error}") from error
+        except json.JSONDecodeError as error:
+            raise BadInput(f"{path}: row {len(self.places)} is not JSON; is the file whole? {error}") from error
+        if not self.places:
+            raise BadInput(f"{path}: the file has no rows")
+        self.different_paragraphs = len(paragraphs)
+        with open(self.path, "rb") as file:
+            self.bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self.read = functools.lru_cache(10_000)(self.read)  # a small file's rows are converted once
+
+    def convert(self, row):
+        number = len(self.places)
+        try:
+            example = CONVERT[self.task](row)
+        except (KeyError, TypeError, IndexError, ValueError, AttributeError) as error:
+            raise BadInput(f"{self.path}: row {number} is not in the format of {self.task}: {error!r}") from error
+        if isinstance(example, Example) and example.gold == 0:
+            raise BadInput(f"{self.path}: row {number}: the supporting paragraphs are not in its context; this looks like a "
+                           "file of the 'fullwiki' kind, use the 'distractor' one")
+        return example
+
+    def read(self, number):
+        start, end = self.places[number]
+        return CONVERT[self.task](json.loads(self.bytes[start:end]))
+
+    def __getitem__(self, number):
+        return self.read(range(len(self))[number])
+
+    def __len__(self):
+        return len(self.places)
+
+
+read_rows = functools.cache(Rows)
+
+
+def lines(path):
+    """(first byte, the one after the last, row) of each line of a JSONL file."""
+    end = 0
+    with open(path, "rb") as file:  # split at "\n" alone: the texts contain other line separators
+        for line in file:
+            start, end = end, end + len(line)
+            if line.strip():
+                yield start, end, json.loads(line)
+
+
+def elements(path, block=2**24):
+    """(first byte, the one after the last, element) of each element of the list that a JSON file holds, read block by block."""
+    decoder, gap = json.JSONDecoder(), re.compile(r"[\s,]*", re.ASCII)
+    with open(path, encoding="utf-8", newline="") as file:
+        text = file.read(block)
+        at = gap.match(text).end() + 1
+        if text[at - 1 : at] != "[":
+            raise BadInput(f"{path}: the file holds no list of rows")
+        byte = at  # where text[at:] begins in the file; all before it is ASCII
+        while True:
+            start = gap.match(text, at).end()
+            if text[start : start + 1] == "]":
+                return
+            try:
+                row, end = decoder.raw_decode(text, start)
+            except json.JSONDecodeError:
+                more = file.read(block) if len(text) - at < 4 * block else ""
+                if not more:
+                    raise
+                text, at = text[at:] + more, 0
+                continue
+            first = byte + start - at
+            byte = first + len(text[start:end].encode())
+            yield first, byte, row
+            at = end
+
+
+# --- tasks from rows -----------------------------------------------------------------------------------------------
+
+
+def held_out_rows(rows, split, most):
+    """The numbers of the rows of a split. Of a training file, up to every 20th is kept for the evaluations during training."""
+    every = min(20, max(2, len(rows) // most))
+    return [number for number in range(len(rows)) if split == "test" or (number % every == every - 1) == (split == "dev")]
+
+
+class QATasks:
+    """Builds tasks from the questions of one file, without chunks."""
+
+    def __init__(self, config, split):
+        self.config, self.split, self.rows = config, split, read_rows(config.data, config.task)
         most = config.questions or 10
-        if split != "test":  # of a training file, up to every 20th question is kept for the evaluations during training
-            every = min(20, max(2, len(self.examples) // most))
-            self.examples = [e for number, e in enumerate(self.examples) if (number % every == every - 1) == (split == "dev")]
-        if len(self.pool) < config.documents:
-            raise BadInput(f"{config.data}: {len(self.pool)} different paragraphs are too few for --documents "
+        self.numbers = held_out_rows(self.rows, split, most)
+        if self.rows.different_paragraphs < config.documents:
+            raise BadInput(f"{config.data}: {self.rows.different_paragraphs} different paragraphs are too few for --documents "
                              f"{config.documents}")
-        if len(self.examples) < most:
-            raise BadInput(f"{config.data}: {len(self.examples)} questions are too few for tasks of up to {most}")
-        gold = sum(sorted(example.gold for example in self.examples)[-most:])
+        if len(self.numbers) < most:
+            raise BadInput(f"{config.data}: {len(self.numbers)} questions are too few for tasks of up to {most}")
+        gold = sum(sorted(self.rows.gold[number] for number in self.numbers)[-most:])
         if gold > config.documents:
             raise BadInput(f"--documents {config.documents} cannot hold the gold paragraphs of {most} questions (up to "
                              f"{gold}): raise it, or lower --questions")
@@ -252,93 +260,90 @@ class QATasks:
     def __call__(self, index):
         """Task number `index`: its questions, distractors and order hang on the index, and in training on the seed."""
         rng = random.Random(f"{self.config.task} {self.split} {self.config.seed if self.split == 'train' else ''} {index}")
-        number = self.config.questions or (1 if rng.random() < 0.5 else rng.randint(2, 10))
-        examples = rng.sample(self.examples, number)
+        questions = self.config.questions or (1 if rng.random() < 0.5 else rng.randint(2, 10))
+        examples = [self.rows[number] for number in rng.sample(self.numbers, questions)]
         gold = [p for example in examples for p in example.paragraphs[: example.gold]]
         own = [p for example in examples for p in example.paragraphs[example.gold :]]
         rng.shuffle(own)  # if there is no room for all of them, none is preferred
-        documents = list(dict.fromkeys(gold + own))[: self.config.documents]
-        chosen = set(documents)
+        documents = dict.fromkeys(list(dict.fromkeys(gold + own))[: self.config.documents])
         while len(documents) < self.config.documents:
-            paragraph = rng.choice(self.pool)
-            if paragraph not in chosen:
-                chosen.add(paragraph)
-                documents.append(paragraph)
+            documents[rng.choice(self.rows[rng.randrange(len(self.rows))].paragraphs)] = None
+        documents = ["\n".join(paragraph) for paragraph in documents]
         rng.shuffle(documents)
-        texts = [f"Document {n}: {title}\n{text}\n" for n, (title, text) in enumerate(documents, start=1)]
-        chunks = split_chunks(texts, self.config.chunk_tokens, self.count)
-        return Task(f"{self.config.task}-{self.split}-{index}", tuple(e.question for e in examples), chunks)
+        return Task(f"{self.config.task}-{self.split}-{index}", tuple(e.question for e in examples), tuple(documents))
+
+
+class SavedTasks:
+    """The tasks of a saved set: for the test in their order, in training in passes, shuffled."""
+
+    def __init__(self, config, split):
+        self.seed, self.split, self.rows = config.seed, split, read_rows(config.data, config.task)
+        self.numbers = held_out_rows(self.rows, split, 1)
+        if split == "test" and len(self.rows) < config.eval_tasks:
+            raise BadInput(f"{config.data} holds {len(self.rows)} tasks: --eval_tasks {config.eval_tasks} is too many")
+        if not self.numbers:
+            raise BadInput(f"{config.data}: {len(self.rows)} tasks are too few to train on: one has to be held out")
+
+    def __call__(self, index):
+        done, index = divmod(index, len(self.numbers))
+        order = self.numbers
+        if self.split == "train":
+            order = random.Random(f"saved {self.seed} {done}").sample(self.numbers, len(self.numbers))
+        return self.rows[order[index]]
+
+
+def save_tasks(tasks, path):
+    """Write tasks as a saved set, one a line; their chunks are made anew when it is read."""
+    part = Path(f"{path}.part")
+    with open(part, "w", encoding="utf-8") as file:
+        for task in tasks:
+            questions = [{"question": q.text, "answers": q.answers, "support": q.support} for q in task.questions]
+            file.write(json.dumps({"id": task.id, "questions": questions, "documents": task.documents}, ensure_ascii=False) + "\n")
+    part.rename(path)
+
+
+def lay_out(task, config, count):
+    """The task with its documents numbered and cut into chunks; with --order N, in another order, the N-th."""
+    documents = list(task.documents)
+    if config.order:
+        random.Random(f"{config.order} {task.id}").shuffle(documents)
+    texts = [f"Document {number}: {document}\n" for number, document in enumerate(documents, start=1)]
+    return dataclasses.replace(task, documents=tuple(documents), chunks=split_chunks(texts, config.chunk_tokens, count))
 
 
 def split_chunks(texts, most, count):
     """Join `texts` to chunks of at most `most` tokens, whole where they fit; "".join(chunks) == "".join(texts)."""
     chunks, used = [], most
-    for text in texts:
-        while text:
-            size = count(text)
-            if used + size <= most:
-                chunks[-1] += text
-                used += size
-                break
-            if size <= most:  # starts a chunk of its own
-                chunks.append("")
-                used = 0
-                continue
-            cut = len(text) * most // size  # too long for any chunk: cut at white space if there is some
-            while count(text[:cut]) > most:
+    for text, size in zip(texts, count(texts)):
+        while size > most:  # too long for any chunk: cut at white space if there is some
+            cut = len(text) * most // size
+            while count([text[:cut]])[0] > most:
                 cut = cut * 9 // 10
             cut = max(1, text.rfind(" ", 1, cut) + 1 or cut)
             chunks.append(text[:cut])
             text, used = text[cut:], most
+            [size] = count([text])
+        if text:
+            if used + size > most:
+                chunks.append("")
+                used = 0
+            chunks[-1] += text
+            used += size
     return tuple(chunks)
 
 
-# --- scoring -------------------------------------------------------------------------------------------------------
+def main():
+    config, extra = parse_args("Build the test tasks of a QA file, and save them.", extra=[
+        ("--out", dict(required=True, metavar="FILE", help="the JSONL file to write"))])
+    if Path(extra["out"]).exists() and not config.overwrite:
+        raise BadInput(f"{extra['out']} exists: choose another --out, or replace it with --overwrite")
+    if config.task in ("town", "saved"):
+        raise BadInput(f"--task {config.task}: a set is built from a QA file: hotpotqa, 2wikimultihopqa or musique")
+    build = QATasks(config, "test")
+    save_tasks((build(index) for index in range(config.eval_tasks)), extra["out"])
+    print(f"{config.eval_tasks} tasks of {config.documents} documents, saved as {extra['out']}; "
+          f"next: python evaluate.py --task saved --data {extra['out']}")
 
 
-def scorer(config):
-    """The function score(answer, question) -> [0, 1] that --scorer names."""
-    return exact_match if config.scorer == "official" else released_match
-
-
-def normalize(text):
-    """The official answer normalisation of SQuAD and HotpotQA: lower case, no ASCII punctuation, no a / an / the."""
-    text = "".join(character for character in text.lower() if character not in string.punctuation)
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
-
-
-def exact_match(prediction, question):
-    """1.0 if the prediction equals the answer or an alias, after normalisation."""
-    return float(any(normalize(prediction) == normalize(answer) for answer in question.answers))
-
-
-def f1(prediction, question, yes_no=True):
-    """Token F1, the best over answer and aliases.
-
-    yes_no: HotpotQA's and 2Wiki's rule that yes, no and noanswer earn nothing but by equality. MuSiQue has no such rule,
-    but with an empty side scores 1 if both are empty, else 0.
-    """
-    return max(pair_f1(normalize(prediction), normalize(answer), yes_no) for answer in question.answers)
-
-
-def pair_f1(prediction, gold, yes_no):
-    if yes_no and prediction != gold and {prediction, gold} & {"yes", "no", "noanswer"}:
-        return 0.0
-    ours, theirs = prediction.split(), gold.split()
-    if not yes_no and not (ours and theirs):
-        return float(ours == theirs)
-    same = sum((Counter(ours) & Counter(theirs)).values())
-    return 2 * same / (len(ours) + len(theirs)) if same else 0.0
-
-
-def released_match(prediction, question):
-    """What the released code calls exact match: string equality in the way of its scorer for the MATH data set."""
-    return float(any(strip_string(prediction) == strip_string(answer) for answer in question.answers))
-
-
-def strip_string(text):
-    """The LaTeX clean-up of the MATH scorer, as far as it can matter to answers in words; capitals do not count."""
-    text = text.lower().replace("\n", "").replace("\\!", "").replace("\\\\", "\\")
-    for mark in ("\\left", "\\right", "^{\\circ}", "^\\circ", "\\$", "\\%", "%", " "):
-        text = text.replace(mark, "")
-    return "0" + text if text.startswith(".") else text
+if __name__ == "__main__":
+    main()

@@ -18,7 +18,7 @@ from tasks import Question, Task, corpus
 
 DATA = Path(__file__).parent / "data"
 # Settings with which a script is done in a moment.
-TINY = "--cpu --hidden_size 32 --layers 1 --heads 1 --demonstrations 24 --sft_steps 4 --sft_batch 16 --tasks_per_step 2 " \
+TINY = "--cpu --hidden_size 32 --layers 1 --heads 1 --sft_tasks 24 --sft_steps 4 --sft_batch 16 --tasks_per_step 2 " \
        "--group_size 2 --grpo_steps 2 --save_every 1 --eval_tasks 4".split()
 
 
@@ -59,7 +59,7 @@ def gradients(policy, rows, tokens, config, reference=None):
 
 
 def make_task(chunks, questions=("Who?",), answers=("Ben",)):
-    return Task("made-0", tuple(Question(q, (a,)) for q, a in zip(questions, answers)), tuple(chunks))
+    return Task("made-0", tuple(Question(q, (a,)) for q, a in zip(questions, answers)), tuple(chunks), tuple(chunks))
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from conftest import Scripted, make_task
 
 from agent import TAGS, instruction, parse, render, run_episodes, unbox
 from config import OPERATIONS, Config
-from tasks import exact_match
+from scoring import exact_match
 
 
 def play(config, embed, chunks, script, questions=("Who?",), answers=("Ben",)):

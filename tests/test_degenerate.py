@@ -12,11 +12,12 @@ from accelerate import Accelerator
 from conftest import Scripted, make_task
 
 import grpo
-from agent import Episode, run_episodes, summarize, tally
+from agent import Episode, run_episodes
 from config import Config
 from memory import Memory
 from policy import LanguageModel, count_bad_steps, make_optimizers, open_policy
-from tasks import Question, exact_match, f1, town_task
+from scoring import exact_match, f1, summarize, tally
+from tasks import Question, town_task
 
 
 def play(config, embed, script, chunks=("one", "two"), answers=("Ben",)):

@@ -1,3 +1,5 @@
+import dataclasses
+import json
 import sys
 from unittest.mock import Mock
 
@@ -5,9 +7,10 @@ import pytest
 from conftest import DATA, Scripted, make_task
 
 import evaluate
+import show
 from agent import run_episodes
 from config import PRESETS, BadInput, Config
-from tasks import exact_match
+from scoring import exact_match
 
 
 def test_bootstrap_interval():
@@ -21,10 +24,10 @@ def test_a_row_counts_every_question(config, embed):
     """Bug: only the first question or task of a batch is scored, or unanswered questions leave the denominator."""
     tasks = [make_task(["a"], (f"Q{n}a?", f"Q{n}b?"), ("Ben", "the Red Cat")) for n in range(3)]
     script = {"Q0a?": ["", "<answer>ben</answer>", "<answer>cat</answer>"], "Q1a?": [], "Q2a?": ["", "", "<answer>red cat</answer>"]}
-    row = evaluate.measure("x", run_episodes(tasks, Scripted(script), config, embed, exact_match), config, 1.0)
+    row = evaluate.measure("x", run_episodes(tasks, Scripted(script), config, embed, exact_match), 1.0)
     assert row["questions"] == 6 and row["tasks"] == 3
     assert row["em"] == pytest.approx(100 * 2 / 6) and row["f1"] == pytest.approx(100 * (2 + 2 / 3) / 6)
-    assert row["turns"] == pytest.approx(9 / 6) and row["answer"] == pytest.approx(3 / 9)
+    assert row["turns"] == pytest.approx(9 / 3) and row["answer"] == pytest.approx(3 / 9)
     assert "x" in evaluate.table([row])
 
 
@@ -33,7 +36,7 @@ def test_the_trace_replays_the_memory(config, embed):
     script = ["<create_memory>Anna has a cat</create_memory><create_memory>Ben</create_memory><read_memory>cat</read_memory>",
               "<update_memory>1: Anna has a dog</update_memory><delete_memory>7</delete_memory>", "<answer>Ben</answer>"]
     [episode] = run_episodes([make_task(["one", "two"])], Scripted({"Who?": script}), config, embed, exact_match)
-    text = evaluate.trace(episode)
+    text = show.trace(episode)
     assert "memory: [0] Anna has a dog | [1] Ben" in text and "not executed, delete" in text
     assert "answer: Ben  gold: Ben  score: 1" in text
 
@@ -41,17 +44,59 @@ def test_the_trace_replays_the_memory(config, embed):
 def test_the_trace_cannot_command_the_terminal(config, embed):
     """Bug: a document with escape sequences in it clears the screen, or hides what the policy did."""
     [episode] = run_episodes([make_task(["a\x1b[2Jb\u202e漢字"])], Scripted({"Who?": []}), config, embed, exact_match)
-    assert "a\\x1b[2Jb\\u202e漢字\n" in evaluate.trace(episode)
+    assert "a\\x1b[2Jb\\u202e漢字\n" in show.trace(episode)
 
 
 @pytest.mark.parametrize("task, file", [("2wikimultihopqa", "2wikimultihopqa.json"), ("musique", "musique.jsonl")])
 def test_qa_sets_are_evaluated(task, file, embed):
     """Bug: a set is scored by another set's rules, or only HotpotQA's files get through evaluate.py."""
     config = Config(**PRESETS["qa"] | dict(task=task, data=str(DATA / file), documents=20, questions=1))
-    count, [(label, make_policy)] = evaluate.policies(config, gold=True, runs=[], device="cpu")
-    episodes = evaluate.play(label, make_policy, config, 20, count, embed)
-    row = evaluate.measure(label, episodes, config, 1.0)
+    count, [(label, make_policy)] = evaluate.policies(config, {"gold": True, "runs": []}, "cpu")
+    episodes = evaluate.play(label, make_policy, evaluate.Variant(), config, 20, count, embed)
+    row = evaluate.measure(label, episodes, 1.0)
     assert row["questions"] == 20 and row["em"] > 50 and row["f1"] >= row["em"] and row["invalid"] == 0
+
+
+def test_baselines(embed):
+    """Bug: a baseline sees less than it should (its window, its documents), or more: a memory, another question's documents."""
+    config = Config(**PRESETS["qa"] | dict(task="hotpotqa", data=str(DATA / "hotpotqa.json"), documents=30, questions=2, max_prompt_tokens=20_000))
+    count, [(label, make_policy)] = evaluate.policies(config, {"gold": True, "runs": []}, "cpu")
+
+    def row(variant, **settings):
+        now = dataclasses.replace(config, **settings)
+        episodes = evaluate.play(label, make_policy, evaluate.BASELINES[variant], now, 10, count, embed)
+        return evaluate.measure(variant, episodes, 1.0), episodes
+
+    full, _ = row("full context")
+    assert full["em"] == 100 and full["label"] == "full context (100% of it)" and full["turns"] == 2
+    part, _ = row("full context", max_prompt_tokens=4000)
+    assert 0 < part["em"] < 100 and part["label"] != full["label"]
+    rag, episodes = row("RAG")
+    assert 0 < rag["em"] < 100 and rag["create"] > 0 and rag["entries"] == 30
+    assert all(turn.observation.query == turn.observation.question for e in episodes for turn in e.turns if "<answer>" in turn.response.text)
+    assert row("RAG", top_k=1)[0]["em"] < rag["em"] < row("RAG", top_k=12)[0]["em"]
+    notes, _ = row("scratchpad", max_response_tokens=500)
+    assert notes["em"] > 50 and notes["entries"] == 0 and notes["scratchpad"] > 0
+    nothing, _ = row("no memory")
+    assert nothing["em"] == 0 and nothing["turns"] == 2
+
+
+def test_sweeps(config):
+    """Bug: a combination is left out, a value keeps the type of the command line, or a setting that cannot change is taken."""
+    assert evaluate.parse_sweep(["top_k=3,6", "temperature=0.5"], config) == [{"top_k": 3, "temperature": 0.5}, {"top_k": 6, "temperature": 0.5}]
+    assert evaluate.parse_sweep([], config) == [{}]
+    for text in ("top_k", "top_k=", "topk=3", "top_k=three", "model=a,b", "disable=read"):
+        with pytest.raises(BadInput, match="--sweep " + text):
+            evaluate.parse_sweep([text], config)
+
+
+def test_no_evaluation_is_overwritten(tmp_path, monkeypatch, config):
+    """Bug: a look with three tasks replaces the table of five hundred."""
+    monkeypatch.chdir(tmp_path)
+    for number in range(3):
+        evaluate.save([{"number": number}], config, ["ablate"])
+    files = ["evaluation-ablate.json", "evaluation-ablate (2).json", "evaluation-ablate (3).json"]
+    assert [json.loads((tmp_path / "runs/town" / file).read_text())[0]["number"] for file in files] == [0, 1, 2]
 
 
 def test_a_loss_is_compared_task_by_task(config, embed):
@@ -76,7 +121,7 @@ def test_curves_of_something_else(tmp_path, monkeypatch, text):
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", Mock())  # optional, and not needed for this
     monkeypatch.setitem(sys.modules, "matplotlib", Mock())
     with pytest.raises(BadInput, match="metrics.jsonl of GRPO runs"):
-        evaluate.draw_curves([tmp_path / "metrics.jsonl"], tmp_path / "curves.png")
+        show.draw_curves([tmp_path / "metrics.jsonl"], tmp_path / "curves.png")
 
 
 def test_one_process_evaluates(monkeypatch):

@@ -11,7 +11,8 @@ from agent import Episode, Response, Turn, run_episodes
 from config import Config
 from memory import HashedEmbedder, Memory
 from policy import clip_and_step, count_bad_steps, make_optimizers
-from tasks import exact_match, town_task
+from scoring import exact_match
+from tasks import town_task
 
 
 def rollout(policy, config, tasks=3, group=4):
@@ -45,7 +46,7 @@ def test_a_group_without_spread_gives_exactly_zero():
 def test_one_advantage_per_episode_whatever_its_number_of_turns():
     """Bug: the advantage is taken over turns, so that long episodes weigh more in their group's mean."""
     def episode(turns):
-        one = Turn(None, Response("", [1], [2, 3], [0.0, 0.0]), [])
+        one = Turn(None, Response("", 2, [1], [2, 3], [0.0, 0.0]), [], 0)
         return Episode(make_task([]), Memory(), turns=[one] * turns)
 
     rows, tokens = grpo.training_rows([episode(1), episode(5)], [0.5, -0.5])

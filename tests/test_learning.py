@@ -8,7 +8,7 @@ import grpo
 import sft
 import tasks
 
-SMALL = "--cpu --questions 1 --demonstrations 3000 --sft_steps 250 --grpo_steps 40 --grpo_decay 0.5 --save_every 40".split()
+SMALL = "--cpu --questions 1 --sft_tasks 3000 --sft_steps 250 --grpo_steps 40 --grpo_decay 0.5 --save_every 40".split()
 
 
 @pytest.mark.slow

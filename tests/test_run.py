@@ -31,7 +31,7 @@ STAGES = {"sft": sft, "grpo": grpo}
 
 def made_up_reward(episode):
     """An untrained policy earns nothing, and without a difference in reward there would be no update to compare."""
-    return 1 - sum(len(turn.response.ids) for turn in episode.turns) % 5 / 4  # 1 for demonstrations, which have no ids
+    return 1 - sum(turn.response.tokens for turn in episode.turns) % 5 / 4  # 1 for demonstrations, which have no tokens
 
 
 @pytest.fixture

@@ -51,7 +51,7 @@ def test_the_town_end_to_end(tmp_path):
     assert all(row in out for row in ("all on", "- Update", "- Delete", "- Read", "- scratchpad", "- storage", "- both"))
     out = script("evaluate.py", "--trace", 1, "--cpu", folder=tmp_path)
     assert "Text: " in out and "memory: " in out and "gold: " in out
-    out = script("evaluate.py", "--runs", "runs/town/sft", "--lengths", 1, "--eval_tasks", 3, "--cpu", folder=tmp_path)
+    out = script("evaluate.py", "--runs", "runs/town/sft", "--sweep", "length=1", "--eval_tasks", 3, "--cpu", folder=tmp_path)
     assert "runs/town/sft 1x" in out and "grpo" not in out
     script("grpo.py", "--from", "runs/town/sft", "--name", "b", *TINY, folder=tmp_path)
     out = script("sft.py", *TINY, folder=tmp_path, status=1)

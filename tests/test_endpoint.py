@@ -1,0 +1,148 @@
+"""A server of the test's own in the place of an OpenAI-compatible one."""
+
+import json
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from conftest import Scripted, make_task
+
+import endpoint
+from agent import run_episodes
+from config import BadInput, Config
+from endpoint import Endpoint, EndpointPolicy
+from scoring import Judge, exact_match
+
+
+class Server(ThreadingHTTPServer):
+    """Answers by `reply(conversation)`: a text, or a number, the HTTP error. `most` counts the questions it had at the same time."""
+
+    def __init__(self, reply):
+        self.reply, self.seen, self.now, self.most, self.lock = reply, [], 0, 0, threading.Lock()
+        super().__init__(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+        self.url = f"http://127.0.0.1:{self.server_port}/v1"
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_POST(self):
+        server, body = self.server, json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with server.lock:
+            server.seen.append({"path": self.path, **body})
+            server.now += 1
+            server.most = max(server.most, server.now)
+        time.sleep(0.02)
+        reply = server.reply(body["messages"])
+        with server.lock:
+            server.now -= 1
+        answer = {"id": "x", "object": "chat.completion", "created": 0, "model": body["model"], "system_fingerprint": "",
+                  "usage": {"prompt_tokens": 1, "completion_tokens": 7, "total_tokens": 8}, "choices": [
+                      {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": reply}}]}
+        data = json.dumps(answer if isinstance(reply, str) else {"error": "no"}).encode()
+        self.send_response(200 if isinstance(reply, str) else reply)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def serve(monkeypatch):
+    monkeypatch.setattr(endpoint, "PAUSES", (0.01, 0.01, 0.01))
+    servers = []
+
+    def start(reply):
+        servers.append(Server(reply))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.shutdown(), server.server_close()
+
+
+def ask(text):
+    return [{"role": "user", "content": text}]
+
+
+def test_a_server_plays_episodes(serve, tmp_path, embed):
+    """Bug: prompts are not those that a local model gets, or one episode waits for another's answer."""
+    def reply(messages):
+        text = messages[1]["content"]
+        name = text.split("Text: ")[1].split()[0] if "Text: " in text else text.split("#1 ")[1].split()[0] if "#1 " in text else ""
+        if "Question: " in text:
+            return f"<think>Is it <answer>Eva</answer>?</think><answer>{name}</answer>" if name else "<read_memory>bakes</read_memory>"
+        return f"<create_memory>{name} bakes</create_memory>"
+
+    server, config = serve(reply), Config(max_prompt_tokens=1000)
+    policy = EndpointPolicy(Endpoint(server.url, "big", tmp_path / "responses.jsonl", in_flight=4), config)
+    tasks = [make_task([f"{name} bakes."], (f"Who bakes {name}?",), (name,)) for name in ("Ben", "Eva", "Leo", "Mia", "Tom", "Uwe")]
+    episodes = run_episodes(tasks, policy, config, embed, exact_match)
+    assert all(episode.reward == 1 and len(episode.turns) == 3 and episode.turns[0].response.tokens == 7 for episode in episodes)
+    assert 1 < server.most <= 4
+    first = server.seen[0]
+    assert first["path"] == "/v1/chat/completions" and first["model"] == "big" and first["max_tokens"] == config.max_response_tokens
+    assert [m["role"] for m in first["messages"]] == ["system", "user"] and "<create_memory>" in first["messages"][0]["content"]
+
+
+def test_what_was_answered_is_not_asked_again(serve, tmp_path):
+    """Bug: a job that lost its server pays for everything twice, or chokes on the half line that it left."""
+    server, down = serve(lambda messages: 503 if down and messages[0]["content"] in "fg" else messages[0]["content"] * 2), []
+    down.append(True)
+    file = tmp_path / "a" / "responses.jsonl"
+    with pytest.raises(BadInput, match="answers so far are in"):
+        Endpoint(server.url, "m", file, in_flight=2).complete([ask(c) for c in "abcdefg"], 5, 0.0)
+    assert sum(m["messages"][0]["content"] in "fg" for m in server.seen) >= 4  # it was tried again
+    with open(file, "a") as text:
+        text.write('{"key": "half')
+    down.clear()
+    before = len(server.seen)
+    got = Endpoint(server.url, "m", file, in_flight=2).complete([ask(c) for c in "abcdefg"], 5, 0.0)
+    assert [c.text for c in got] == ["aa", "bb", "cc", "dd", "ee", "ff", "gg"] and len(server.seen) - before <= 3
+    assert len(Endpoint(server.url, "m", file, 1).known) == 7
+    Endpoint(server.url, "another", file, in_flight=2).complete([ask("a")], 5, 0.0)
+    assert server.seen[-1]["model"] == "another"  # another model's answer is another
+
+
+def test_samples_differ_and_come_again(serve, tmp_path):
+    """Bug: all episodes of a group get one and the same sample out of the file, or a job that goes on draws new ones."""
+    numbers = iter(range(100))
+    server = serve(lambda messages: str(next(numbers)))
+    draw = lambda: [c.text for c in Endpoint(server.url, "m", tmp_path / "f.jsonl", 1).complete([ask("a")] * 4, 5, 0.7)]
+    first = draw()
+    assert len(set(first)) == 4 and draw() == first
+    greedy = Endpoint(server.url, "m", tmp_path / "f.jsonl", 1).complete([ask("a")] * 4, 5, 0.0)
+    assert len({c.text for c in greedy}) == 1
+
+
+@pytest.mark.parametrize("status", [401, 404])
+def test_a_refusal_is_one_sentence_at_once(serve, tmp_path, status):
+    """Bug: a wrong key or model name is tried again for minutes, and then shown as a traceback."""
+    server = serve(lambda messages: status)
+    with pytest.raises(BadInput, match=f"model m: .*{status}"):
+        Endpoint(server.url, "m", tmp_path / "f.jsonl", 1).complete([ask("a")], 5, 0.0)
+    assert len(server.seen) == 1
+
+
+def test_no_server_is_one_sentence(serve, tmp_path):
+    """Bug: a server that is not there ends in a page of traceback."""
+    server = serve(lambda messages: "")
+    server.shutdown(), server.server_close()
+    with pytest.raises(BadInput, match="--endpoint http://127.0.0.1"):
+        Endpoint(server.url, "m", tmp_path / "f.jsonl", 1).complete([ask("a")], 5, 0.0)
+
+
+def test_the_judge(serve, tmp_path, config, embed):
+    """Bug: a verdict is given to another answer, unanswered questions are judged, or what is no verdict counts as one."""
+    def reply(messages):
+        return {"Ben": "Yes.", "Benjamin": "**yes**, it does", "Eva": "No", "?": "I cannot tell"}[
+            messages[0]["content"].split("judged: ")[1].split("\n")[0]]
+
+    tasks = [make_task([], ("Q1?", "Q2?", "Q3?"), ("Ben",) * 3), make_task([], ("R1?", "R2?"), ("Ben",) * 2)]
+    script = Scripted({"Q1?": ["<answer>Eva</answer>", "", "<answer>Benjamin</answer>"], "R1?": ["<answer>Ben</answer>", "<answer>?</answer>"]})
+    episodes = run_episodes(tasks, script, config, embed, exact_match)
+    judge = Judge(Endpoint(serve(reply).url, "judge", tmp_path / "verdicts.jsonl", 2))
+    assert judge(episodes) == [[0, 0, 1], [1, 0]] and judge.unclear == 1
