@@ -23,7 +23,7 @@ from tqdm import tqdm
 import town
 from agent import TAGS, Response, fit, render, run_episodes
 from config import BadInput
-from scoring import scorer, summarize, tally
+from scoring import scorer
 from town import sentence
 
 # --- the town's demonstrator ---------------------------------------------------------------------------------------

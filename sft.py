@@ -72,7 +72,7 @@ def lessons_to_learn(config, policy, stream, embed, accelerator):
     for _, rows in taught:
         if not rows:
             raise BadInput(f"no demonstration reached --keep_score {config.keep_score}: nothing to learn from")
-        accelerator.print(f"{len(rows)} rows")
+        accelerator.print(f"{len(rows)} rows" + (f" from {config.demonstrations}" if config.demonstrations else ""))
     return taught
 
 

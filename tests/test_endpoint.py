@@ -1,67 +1,12 @@
 """A server of the test's own in the place of an OpenAI-compatible one."""
 
-import json
-import threading
-import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-
 import pytest
 from conftest import Scripted, make_task
 
-import endpoint
 from agent import run_episodes
 from config import BadInput, Config
 from endpoint import Endpoint, EndpointPolicy
 from scoring import Judge, exact_match
-
-
-class Server(ThreadingHTTPServer):
-    """Answers by `reply(conversation)`: a text, or a number, the HTTP error. `most` counts the questions it had at the same time."""
-
-    def __init__(self, reply):
-        self.reply, self.seen, self.now, self.most, self.lock = reply, [], 0, 0, threading.Lock()
-        super().__init__(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self.serve_forever, daemon=True).start()
-        self.url = f"http://127.0.0.1:{self.server_port}/v1"
-
-
-class Handler(BaseHTTPRequestHandler):
-    def do_POST(self):
-        server, body = self.server, json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        with server.lock:
-            server.seen.append({"path": self.path, **body})
-            server.now += 1
-            server.most = max(server.most, server.now)
-        time.sleep(0.02)
-        reply = server.reply(body["messages"])
-        with server.lock:
-            server.now -= 1
-        answer = {"id": "x", "object": "chat.completion", "created": 0, "model": body["model"], "system_fingerprint": "",
-                  "usage": {"prompt_tokens": 1, "completion_tokens": 7, "total_tokens": 8}, "choices": [
-                      {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": reply}}]}
-        data = json.dumps(answer if isinstance(reply, str) else {"error": "no"}).encode()
-        self.send_response(200 if isinstance(reply, str) else reply)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *_):
-        pass
-
-
-@pytest.fixture
-def serve(monkeypatch):
-    monkeypatch.setattr(endpoint, "PAUSES", (0.01, 0.01, 0.01))
-    servers = []
-
-    def start(reply):
-        servers.append(Server(reply))
-        return servers[-1]
-
-    yield start
-    for server in servers:
-        server.shutdown(), server.server_close()
 
 
 def ask(text):

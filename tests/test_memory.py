@@ -87,9 +87,8 @@ def test_hashed_embedder_is_unit_length_and_stable(embed):
     assert np.flatnonzero(HashedEmbedder(1024)(["Anna"])[0]).tolist() == [695]
 
 
-@pytest.mark.parametrize("causal", [True, False])
-def test_transformer_embedder(tmp_path, causal):
-    """Bug: padding leaks into the pooled vector, so that a text's vector hangs on its neighbours in the batch."""
+def encoder(folder, causal):
+    """A random-weight encoder of the kind of Qwen3-Embedding (causal) or of BERT, as load_embedder opens it."""
     import torch
     from transformers import BertConfig, BertModel, Qwen3Config, Qwen3ForCausalLM
 
@@ -102,14 +101,52 @@ def test_transformer_embedder(tmp_path, causal):
     sizes = dict(vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
     model = (Qwen3ForCausalLM(Qwen3Config(num_key_value_heads=2, head_dim=16, **sizes)) if causal
              else BertModel(BertConfig(max_position_embeddings=64, **sizes)))
-    model.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    embedder = load_embedder(str(tmp_path))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return load_embedder(str(folder))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_transformer_embedder(tmp_path, causal):
+    """Bug: padding leaks into the pooled vector, so that a text's vector hangs on its neighbours in the batch."""
+    embedder = encoder(tmp_path, causal)
     assert isinstance(embedder, TransformerEmbedder) and embedder.causal == causal
     together = embedder(["Anna lives in Rome", "Anna"])
     assert together.dtype == np.float32 and np.allclose(np.linalg.norm(together, axis=1), 1, atol=1e-5)
+    embedder.known.clear()
     assert np.allclose(together[1], embedder(["Anna"])[0], atol=1e-5)
     assert np.allclose(embedder(["Anna"], query=True)[0], together[1], atol=1e-5) != causal
+
+
+def test_a_text_is_embedded_once(tmp_path, monkeypatch):
+    """Bug: a wave's repeated texts, or the entries of the epoch before, go through the encoder again; or a query gets an entry's vector."""
+    embedder, seen = encoder(tmp_path, causal=True), []
+    monkeypatch.setattr(embedder, "_embed", lambda texts: seen.extend(texts) or type(embedder)._embed(embedder, texts))
+    first = embedder(["Anna", "Ben", "Anna"])
+    assert sorted(seen) == ["Anna", "Ben"] and np.array_equal(first[0], first[2])
+    again = embedder(["Ben", "Clara", "Anna"])
+    assert sorted(seen) == ["Anna", "Ben", "Clara"] and np.array_equal(again[2], first[0])
+    query = embedder(["Anna"], query=True)
+    assert len(seen) == 4 and not np.allclose(query[0], first[0])
+    embedder.remembered = 2
+    embedder(["David"])
+    assert len(embedder.known) == 2
+    assert embedder([]).shape == (0, 32)
+
+
+def test_a_real_encoder():
+    """Bug: pooling, instruction or normalisation is not the encoder's own, so that meaning is lost: paraphrases are not found."""
+    from huggingface_hub import try_to_load_from_cache
+
+    names = ["Qwen/Qwen3-Embedding-0.6B", "sentence-transformers/all-MiniLM-L6-v2", "BAAI/bge-small-en-v1.5", "intfloat/e5-small-v2"]
+    here = [name for name in names if isinstance(try_to_load_from_cache(name, "config.json"), str)]
+    if not here:
+        pytest.skip(f"no real encoder in the hub's cache: {', '.join(names)}")
+    for name in here:
+        embedder = load_embedder(name)
+        entries = embedder(["The cat sleeps on the sofa.", "Interest rates rose by half a point.", "She was born in Vienna in 1901."])
+        queries = embedder(["Where is the pet?", "What did the central bank decide?", "What is her birthplace?"], query=True)
+        assert (queries @ entries.T).argmax(1).tolist() == [0, 1, 2]
 
 
 def test_unknown_embedder_is_one_sentence(tmp_path):

@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 from conftest import DATA, TINY
 
+import town
+from config import Config
+
 ROOT = Path(__file__).parent.parent
 QA = ["--task", "hotpotqa", "--data", str(DATA / "hotpotqa.json"), "--documents", "20", "--questions", "1", "--chunk_tokens", "300"]
 
@@ -71,6 +74,84 @@ def test_a_qa_file_end_to_end(tmp_path):
     assert "grpo 20 documents" in out
     out = script("evaluate.py", *QA, "--eval_tasks", 10, "--gold", "--cpu", folder=tmp_path)
     assert "gold-facts demonstrator" in out
+
+
+@pytest.fixture
+def call(tmp_path, monkeypatch, capsys):
+    """Runs a script in this process, in a folder of its own, and returns what it prints."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(name, *arguments):
+        monkeypatch.setattr("sys.argv", [name, *map(str, arguments)])
+        importlib.import_module(name.removesuffix(".py")).main()
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_from_a_saved_set_and_a_teacher_to_an_answer(call, tmp_path):
+    """Bug: the ways beside the main one work in parts, but not from the command line."""
+    out = call("tasks.py", *QA, "--eval_tasks", 3, "--out", "set.jsonl")
+    assert "--task saved --data set.jsonl" in out and len((tmp_path / "set.jsonl").read_text().splitlines()) == 3
+    with pytest.raises(SystemExit, match="set.jsonl exists"):
+        call("tasks.py", *QA, "--eval_tasks", 3, "--out", "set.jsonl")
+    saved = ["--task", "saved", "--data", "set.jsonl", "--chunk_tokens", 300]
+    out = call("evaluate.py", *saved, "--eval_tasks", 3, "--gold", "--baselines", "--cpu")
+    assert all(f"set.jsonl {row}" in out for row in ("AtomMem", "full context", "RAG", "scratchpad", "no memory"))
+    call("sft.py", *TINY)
+    out = call("sft.py", "--teacher", "runs/town/sft", "--demonstrations", "taught.jsonl", "--sft_tasks", 3, "--keep_score", 0, "--cpu")
+    assert "3 episodes, 3 of them kept" in out
+    assert "taught.jsonl" in call("sft.py", *TINY, "--demonstrations", "taught.jsonl", "--keep_score", 0, "--name", "pupil")
+    assert (tmp_path / "runs/pupil/sft/model").is_dir()
+    out = call("evaluate.py", "--sweep", "top_k=1,2", "retrieval=similarity,random", "--eval_tasks", 2, "--cpu")
+    assert out.count("sft 1x top_k") == 4 and "sft 1x top_k 2 retrieval random" in out
+    (tmp_path / "notes.txt").write_text("Anna lives in Rome.\nAnna is a baker.\n" * 5)
+    ask = ["evaluate.py", "--ask", "Where does Anna live?", "--ask", "What is the job of Anna?", "--model", "runs/town/sft", "--memory", "m"]
+    out = call(*ask, "--file", "notes.txt", "--chunk_tokens", 14, "--cpu")
+    assert "What is the job of Anna?\n  " in out and "entries saved as m" in out
+    assert "What is the job of Anna?\n  " in call(*ask, "--cpu")
+
+
+QWEN3_TEMPLATE = """{% for m in messages %}<|im_start|>{{ m.role }}
+{{ m.content }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% if enable_thinking is defined and not enable_thinking %}<think>
+
+</think>
+
+{% endif %}{% endif %}"""
+
+
+def test_the_released_checkpoint(call, tmp_path, monkeypatch):
+    """Bug: a pretrained Qwen3 is prompted with thinking on, without its chat template, or with the tags of the paper."""
+    from policy import LanguageModel, create_tiny, train_tokenizer
+
+    config = Config(max_prompt_tokens=4000, max_response_tokens=100)
+    tokenizer = train_tokenizer([QWEN3_TEMPLATE, *town.texts()], config, word_level=False)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"], "eos_token": "<|im_end|>"})
+    policy = create_tiny(tokenizer, Config(max_prompt_tokens=4000, max_response_tokens=100, hidden_size=32, layers=1, heads=1))
+    tokenizer.chat_template = QWEN3_TEMPLATE
+    policy.save("AtomMem")
+    prompts, sample = [], LanguageModel._sample
+    monkeypatch.setattr(LanguageModel, "_sample", lambda self, batch: prompts.extend(map(self.tokenizer.decode, batch)) or sample(self, batch))
+    settings = ["--documents", 12, "--max_prompt_tokens", 4000, "--max_response_tokens", 20, "--eval_tasks", 1, "--cpu"]
+    out = call("evaluate.py", "--model", "AtomMem", "--dialect", "released", *QA, *settings)
+    assert "AtomMem 12 documents" in out
+    for prompt in prompts:
+        assert prompt.startswith("<|im_start|>system\nYou read") and prompt.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
+        assert "<modify_memory>Memory 2: new text</modify_memory>" in prompt and "create_memory" not in prompt and "<scratchpad>" not in prompt
+
+
+@pytest.mark.parametrize("dialect", ["paper", "released"])
+def test_a_server_in_the_models_place(call, serve, dialect):
+    """Bug: --endpoint is heeded in parts: the model is loaded here too, or an old run is evaluated in its stead."""
+    answer = {"paper": "<answer>yes</answer>", "released": r"<final_answer>\boxed{yes}</final_answer>"}[dialect]
+    server = serve(lambda messages: "yes" if "judged" in messages[0]["content"] else answer)
+    out = call("evaluate.py", "--endpoint", server.url, "--model", "big", *QA, "--documents", 12, "--eval_tasks", 3, "--dialect", dialect,
+               "--judge", "wise", "--max_prompt_tokens", 4000, "--cpu")
+    assert "big 12 documents" in out and "100.0" in out and {one["model"] for one in server.seen} == {"big", "wise"}
+    with pytest.raises(SystemExit, match="not trained"):
+        call("sft.py", "--endpoint", server.url, "--model", "big", "--cpu")
 
 
 def test_ctrl_c_leaves_a_usable_checkpoint(tmp_path):
