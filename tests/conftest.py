@@ -33,6 +33,8 @@ class Scripted:
     Episodes are told apart by their first question, so give every task its own.
     """
 
+    config = None
+
     def __init__(self, scripts):
         self.scripts = {question: iter(texts) for question, texts in scripts.items()}
         self.seen = {question: [] for question in scripts}

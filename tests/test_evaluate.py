@@ -81,6 +81,16 @@ def test_baselines(embed):
     assert nothing["em"] == 0 and nothing["turns"] == 2
 
 
+def test_long_work_is_announced(monkeypatch, capsys, config, embed):
+    """Bug: a table of hours starts without a word, or every table of seconds with an estimate."""
+    for seconds, told in ((0.5, False), (20, True)):
+        clock = iter(range(10_000))
+        monkeypatch.setattr(evaluate.time, "perf_counter", lambda: next(clock) * seconds)
+        evaluate.play("x", lambda tasks, now: Scripted({task.questions[0].text: [] for task in tasks}), evaluate.Variant(), config, 3, None, embed)
+        out = capsys.readouterr().out
+        assert ("3 tasks take 27 turns or more" in out) == told and ("by the first 3 of them about 3 minutes" in out) == told
+
+
 def test_sweeps(config):
     """Bug: a combination is left out, a value keeps the type of the command line, or a setting that cannot change is taken."""
     assert evaluate.parse_sweep(["top_k=3,6", "temperature=0.5"], config) == [{"top_k": 3, "temperature": 0.5}, {"top_k": 6, "temperature": 0.5}]
