@@ -22,7 +22,7 @@ import random
 import re
 from dataclasses import dataclass, field
 
-from config import BadInput
+from config import OPERATIONS, BadInput
 from memory import Memory
 
 # The one place that knows the names of the tags. Mind that update_memory means different things in the two dialects.
@@ -121,13 +121,15 @@ DESCRIPTIONS = {
 
 
 def instruction(config):
-    """The system message for pretrained models. An operation that is switched off is not mentioned."""
+    """The system message for pretrained models. An operation that is switched off is not mentioned, nor, without any, a memory."""
     released = config.dialect == "released"
     lines = []
     for kind, tag in TAGS[config.dialect].items():
         if kind == "answer" or config.enabled(kind):
             lines.append("- " + DESCRIPTIONS[kind].format(tag=tag, number="Memory 2" if released else "2",
                                                           answer=r"\boxed{text}" if released else "text"))
+    if not any(map(config.enabled, OPERATIONS)):
+        return f"You are asked a question. You may be shown a text, or parts of one, with it.\n{lines[0]}\nWrite nothing but that."
     return ("You read a long text piece by piece, and answer questions about it afterwards, when the text is gone: only "
             "your memory and your scratchpad are left then. First you are shown the questions and one piece of the text "
             "each turn; keep what the answers will need. Later you are shown one question at a time, without the text.\n"
@@ -242,15 +244,15 @@ def unbox(text):
 # --- the episode loop ----------------------------------------------------------------------------------------------
 
 
-def run_episodes(tasks, policy, config, embed, score, progress=lambda turns, done: None, make_memory=None):
+def run_episodes(tasks, policy, config, embed, score, progress=lambda turns, done: None, begin=None):
     """Run one episode for each task, all side by side, and return them in the order of `tasks`.
 
     policy.respond(observations) -> responses, one for each; embed(texts, query=False) -> (B, d) unit vectors;
     score(answer, question) -> a number in [0, 1]. In each wave every unfinished episode takes one turn, so that the
-    policy decodes, and the embedder embeds, for all of them at once. `progress` is called after each wave. `make_memory`
-    makes the memory that an episode starts with, instead of an empty one.
+    policy decodes, and the embedder embeds, for all of them at once. `progress` is called after each wave. begin(task) makes
+    the Episode, if not one with an empty memory.
     """
-    episodes = [Episode(task, make_memory() if make_memory else Memory(config.capacity)) for task in tasks]
+    episodes = [begin(task) if begin else Episode(task, Memory(config.capacity)) for task in tasks]
     chances = [random.Random(f"{config.seed} {task.id} {number}") for number, task in enumerate(tasks)]
     while active := [number for number, episode in enumerate(episodes) if not episode.done]:
         observations = [observe(episodes[number], config, chances[number]) for number in active]

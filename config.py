@@ -10,6 +10,7 @@ Later wins: field defaults < preset < saved run < flags.
 
 import dataclasses
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -131,7 +132,6 @@ class Config:
         need(self.task == "town" or longest <= self.max_prompt_tokens,
              f"--max_prompt_tokens {self.max_prompt_tokens} cannot hold --chunk_tokens {self.chunk_tokens}, a scratchpad "
              f"and a query of --max_response_tokens {self.max_response_tokens} each, and the questions: it takes {longest}")
-        need(self.model or not self.endpoint, "--endpoint needs --model NAME, as the server calls it")
         need(self.group_size >= 2, "--group_size must be at least 2: an episode is compared with its group's mean")
         need(self.capacity >= 0 and self.max_reads >= 0, "--capacity and --max_reads cannot be negative")
         need(self.temperature > 0, "--temperature must be above 0: training samples (evaluation: --eval_temperature 0)")
@@ -192,16 +192,20 @@ def parse_args(description, default_run=None, extra=()):
         first = parser.parse_args()
         resume = getattr(first, "resume", None)
         start, preset = resume or first.start, first.preset
+        teacher = getattr(first, "teacher", None)
         if first.model and (Path(first.model) / "model").is_dir() and not (start or preset):
-            start = first.model  # --model RUN comes with its settings
+            start = first.model  # --model RUN comes with its settings, but for the name
         if resume and (first.start or preset or first.overwrite):
             raise BadInput("--resume goes on as the run began: it goes with no --from, --preset or --overwrite")
         if default_run and not (start or preset) and ((run := default_run(first.name or first.task)) / "config.json").is_file():
             if first.model in ("", load_settings(run)["model"]):  # the settings of another base model do not fit
                 start = run
         if not (start or preset) and (first.model or first.task != "town"):
-            preset = "pretrained" if first.model else "qa"
-        parser.set_defaults(**{**PRESETS.get(preset, {}), **(load_settings(start) if start else {})})
+            preset = "pretrained" if first.model or teacher else "qa"
+        saved = load_settings(start) if start else {}
+        if start and start == first.model:
+            del saved["name"]
+        parser.set_defaults(**{**PRESETS.get(preset, {}), **saved})
         values = vars(parser.parse_args())  # again, now that the defaults are known
         names = [field.name for field in dataclasses.fields(Config)]
         config = Config(**{name: values[name] for name in names})
@@ -219,9 +223,24 @@ def load_settings(run):
     path = Path(run) / "config.json"
     try:
         values = json.loads(path.read_text())
-        unknown = set(values) - {field.name for field in dataclasses.fields(Config)}
+        known = dataclasses.asdict(Config())
+        unknown = {name for name, value in values.items() if not isinstance(value, type(known.get(name)))}
     except (OSError, ValueError, TypeError) as error:
         raise BadInput(f"{run} is no run folder, such as runs/town/sft: cannot read {path}: {error}") from error
     if unknown:
         raise BadInput(f"{path} has settings that this version does not know: {', '.join(sorted(unknown))}")
     return values
+
+
+def check_new_file(flag, path, overwrite):
+    """BadInput if `path`, which `flag` names, cannot be made, or exists and is not to be overwritten."""
+    if not Path(path).absolute().parent.is_dir():
+        raise BadInput(f"{flag} {path}: there is no folder {Path(path).parent}")
+    if Path(path).exists() and not overwrite:
+        raise BadInput(f"{flag} {path} exists: choose another name, or replace it with --overwrite")
+
+
+def check_one_process(script):
+    """BadInput under a launcher, for a script that would do everything once in each process."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise BadInput(f"{script} works in one process: start it with python, not with a launcher")

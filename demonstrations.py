@@ -13,7 +13,6 @@ Each line of that file is an episode; those with a score below --keep_score are 
 
 import json
 import math
-import os
 import random
 import re
 from pathlib import Path
@@ -23,6 +22,7 @@ from tqdm import tqdm
 import town
 from agent import TAGS, Response, fit, render, run_episodes
 from config import BadInput
+from endpoint import kept_rows
 from scoring import scorer
 from town import sentence
 
@@ -168,7 +168,7 @@ class GoldDemonstrator(Demonstrator):
         self.questions, self.count = {question.text: question for task in tasks for question in task.questions}, count
 
     def respond(self, observations):
-        for o in observations:  # it sees what a model would
+        for o in observations:  # it sees no more than fits a prompt
             fit(o, lambda o: self.count([render(o)])[0], self.config.max_prompt_tokens)
         return super().respond(observations)
 
@@ -188,7 +188,7 @@ class GoldDemonstrator(Demonstrator):
         question = self.questions[o.question]
         shown = "\n".join([o.chunk or "", o.scratchpad, *(entry.text for entry in o.entries)])
         found = [": ".join(support) for support in question.support if support[1] in shown]
-        if len(found) == len(question.support):
+        if found and len(found) == len(question.support):
             return self.write("answer", question.answers[0])
         query = " ".join([question.text, *found])
         return self.write("read", query) if query != o.query and self.fits(self.write("read", query)) else ""
@@ -199,8 +199,9 @@ class GoldDemonstrator(Demonstrator):
 
 # --- a teacher's demonstrations ------------------------------------------------------------------------------------
 
-# What has to be the same in all of a file's episodes, and in the training on them.
-RECORDED = ("task", "questions", "documents", "chunk_tokens", "disable", "dialect", "seed")
+# What has to be the same in all of a file's episodes; and, the first four, in the training on them.
+RECORDED = ("disable", "dialect", "chunk_tokens", "top_k", "task", "data", "questions", "length", "documents", "order", "capacity", "embedder",
+            "retrieval", "max_reads", "max_prompt_tokens", "max_response_tokens", "temperature", "keep_score", "seed")
 
 
 def record(teacher, name, stream, config, embed):
@@ -209,20 +210,18 @@ def record(teacher, name, stream, config, embed):
     Episodes that the file already holds are not played again. BadInput if it was made with other settings, or is something else.
     """
     path = Path(config.demonstrations)
-    settings = {"teacher": name, "temperature": config.temperature, **{name: getattr(config, name) for name in RECORDED}}
+    settings = {"teacher": name, **{name: getattr(config, name) for name in RECORDED}}
     if path.exists():
-        text = path.read_bytes()
-        os.truncate(path, text.rfind(b"\n") + 1)  # a stopped run may have left half a line
         before, _ = read_file(path)
         if before != settings:
             differing = [name for name in settings if before.get(name) != settings[name]]
             raise BadInput(f"{path} was begun with another {', '.join(differing)}: give the same again, or another file")
     else:
         path.write_text(json.dumps({"settings": settings}) + "\n")
-    done = {line["task"] for line in read_file(path)[1]}
+    done, block = {line["task"] for line in read_file(path)[1]}, config.in_flight if config.endpoint else config.sample_rows
     with open(path, "a", encoding="utf-8") as file, tqdm(total=config.sft_tasks, desc="teacher", disable=None, unit="episode") as bar:
-        for start in range(0, config.sft_tasks, config.sample_rows):
-            tasks = [stream(index) for index in range(start, min(start + config.sample_rows, config.sft_tasks))]
+        for start in range(0, config.sft_tasks, block):
+            tasks = [stream(index) for index in range(start, min(start + block, config.sft_tasks))]
             for episode in run_episodes([task for task in tasks if task.id not in done], teacher, config, embed, scorer(config)):
                 turns = [{"prompt": render(turn.observation), "response": turn.response.text} for turn in episode.turns
                          if episode.reward >= config.keep_score and not turn.response.truncated]
@@ -233,27 +232,24 @@ def record(teacher, name, stream, config, embed):
 
 def read_file(path):
     """(settings, [line]) of a file of demonstrations. BadInput names the line that is none."""
-    path, parsed = Path(path), []
+    path = Path(path)
     if not path.is_file():
         raise BadInput(f"{path}: no such file; sft.py --teacher makes one")
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1], start=1):
+    if not (rows := kept_rows(path, "settings")):
+        raise BadInput(f"{path}: the file is empty")
+    settings, *lines = rows
+    for number, line in enumerate(lines, start=2):
         try:
-            parsed.append(json.loads(line))
-            if number > 1:
-                str(parsed[-1]["task"]), float(parsed[-1]["score"]), [t["prompt"] + t["response"] for t in parsed[-1]["turns"]]
-            else:
-                dict(parsed[0]["settings"])
+            str(line["task"]), float(line["score"]), [turn["prompt"] + turn["response"] for turn in line["turns"]]
         except (ValueError, KeyError, TypeError) as error:
             raise BadInput(f"{path}: line {number} is no demonstration: {error!r}") from error
-    if not parsed:
-        raise BadInput(f"{path}: the file is empty")
-    return parsed[0]["settings"], parsed[1:]
+    return settings["settings"], lines
 
 
 def recorded(config):
     """[(prompt text, response text)] of the turns in the file config.demonstrations whose episode reached config.keep_score."""
     settings, lines = read_file(config.demonstrations)
-    for name in ("disable", "dialect"):
+    for name in RECORDED[:4]:
         if settings.get(name) != getattr(config, name):
             raise BadInput(f"{config.demonstrations} was made with --{name} {settings.get(name)}, not {getattr(config, name)}")
     return [(turn["prompt"], turn["response"]) for line in lines if line["score"] >= config.keep_score for turn in line["turns"]]

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -36,59 +37,86 @@ class Completion:
 
 
 class Endpoint:
-    """The server at `url`, and the `model` it serves under that name. `file`: where the answers are kept (JSONL)."""
+    """The server at `url`, and the `model` it serves under that name. `file`: where the answers are kept (JSONL); fresh: not those of before."""
 
-    def __init__(self, url, model, file, in_flight, seed=0):
+    def __init__(self, url, model, file, in_flight, seed=0, fresh=False):
         self.url, self.model, self.file, self.in_flight, self.seed = url, model, Path(file), in_flight, seed
         self.client = InferenceClient(base_url=url, api_key=os.environ.get("OPENAI_API_KEY", "none"), timeout=TIMEOUT)
-        self.asked, self.known = Counter(), {}
+        self.extra = {"chat_template_kwargs": {"enable_thinking": False}}  # as for a local model; not every server takes it
+        self.asked, self.known, self.lock = Counter(), {}, threading.Lock()
         self.file.parent.mkdir(parents=True, exist_ok=True)
+        if fresh:
+            self.file.unlink(missing_ok=True)
         if self.file.exists():
-            text = self.file.read_bytes()
-            os.truncate(self.file, text.rfind(b"\n") + 1)  # a stopped job may have left half a line
-            for line in text.split(b"\n")[:-1]:
-                key, *values = json.loads(line).values()
-                self.known[key] = Completion(*values)
+            self.known = {row.pop("key"): Completion(**row) for row in kept_rows(self.file, "key")}
+            print(f"{self.file} holds {len(self.known)} answers, which are not asked for again; --overwrite begins it anew")
 
     def complete(self, conversations, max_tokens, temperature):
         """A Completion for each list of messages, `in_flight` of them asked for at the same time.
 
         The same conversation asked for again gets another sample, unless `temperature` is 0. BadInput when the server cannot be
-        reached or refuses.
+        reached or refuses; what others answer meanwhile is kept.
         """
         keys = [self.key(messages, max_tokens, temperature) for messages in conversations]
         missing = {key: messages for key, messages in zip(keys, conversations) if key not in self.known}
-        with ThreadPoolExecutor(self.in_flight) as threads, open(self.file, "a", encoding="utf-8") as file:
-            waiting = {threads.submit(self.ask, messages, max_tokens, temperature): key for key, messages in missing.items()}
+        with open(self.file, "a", encoding="utf-8") as file, ThreadPoolExecutor(self.in_flight) as threads:
+            def work(key, messages):
+                completion = self.ask(messages, max_tokens, temperature)
+                with self.lock:
+                    self.known[key] = completion
+                    file.write(json.dumps({"key": key, **asdict(completion)}) + "\n")
+                    file.flush()
+
+            waiting = [threads.submit(work, *item) for item in missing.items()]
             try:
                 for done in as_completed(waiting):
-                    self.known[waiting[done]] = done.result()
-                    file.write(json.dumps({"key": waiting[done], **asdict(done.result())}) + "\n")
-                    file.flush()
+                    done.result()
             finally:
-                threads.shutdown(wait=False, cancel_futures=True)
+                threads.shutdown(cancel_futures=True)
         return [self.known[key] for key in keys]
 
     def key(self, messages, max_tokens, temperature):
         """What names a question in the file; of questions asked again the number of times counts."""
-        question = json.dumps([self.model, messages, max_tokens, temperature, self.seed if temperature else 0])
+        question = json.dumps([self.url, self.model, messages, max_tokens, temperature, self.seed if temperature else 0])
         self.asked[question] += temperature > 0
         return hashlib.sha256(f"{question} {self.asked[question]}".encode()).hexdigest()
 
     def ask(self, messages, max_tokens, temperature):
         """One Completion from the server; what may be a passing fault is tried again."""
-        for pause in (*PAUSES, None):
+        pauses = list(PAUSES)
+        while True:
+            extra = self.extra
             try:
-                answer = self.client.chat_completion(messages, model=self.model, max_tokens=max_tokens, temperature=temperature)
+                answer = self.client.chat_completion(messages, model=self.model, max_tokens=max_tokens, temperature=temperature, extra_body=extra)
                 [choice], usage = answer.choices, answer.usage
-                # Of a thinking model the thoughts are no operations.
+                # Of a model that thinks all the same, the thoughts are no operations.
                 text = re.sub(r"<think>.*?(</think>|$)", "", choice.message.content or "", flags=re.DOTALL)
                 return Completion(text, usage.completion_tokens if usage else rough_count([text])[0], choice.finish_reason == "length")
             except Exception as error:  # the transport's own types differ from version to version
                 status = getattr(getattr(error, "response", None), "status_code", None)
-                if pause is None or status in FINAL:
-                    raise BadInput(f"--endpoint {self.url}, model {self.model}: {error}; answers so far are in {self.file}") from error
-                time.sleep(pause)
+                if status in (400, 422) and extra:
+                    self.extra = None
+                elif not pauses or status in FINAL:
+                    raise BadInput(f"--endpoint {self.url}, model {self.model}: {' '.join(str(error).split())}; answers so far are in {self.file}") from error
+                else:
+                    time.sleep(pauses.pop(0))
+
+
+def kept_rows(path, mark):
+    """The rows of a JSONL file that is being written; half a last line, which a stopped job may have left, is cut off.
+
+    BadInput if it is something else: its first row has to be a dictionary with the key `mark`.
+    """
+    *lines, rest = path.read_bytes().split(b"\n")
+    try:
+        rows = [json.loads(line) for line in lines]
+    except ValueError as error:
+        raise BadInput(f"{path} is damaged, or another kind of file: {error}") from error
+    if not (rows and isinstance(rows[0], dict) and mark in rows[0]) and (rows or rest):
+        raise BadInput(f"{path} is another kind of file: its first line has no {mark!r}")
+    if rest:
+        os.truncate(path, path.stat().st_size - len(rest))
+    return rows
 
 
 class EndpointPolicy:

@@ -3,7 +3,7 @@
     python evaluate.py                             SFT and GRPO of runs/town at 1x, 2x, 4x the training length
     python evaluate.py --ablate                    the GRPO policy with operations switched off (the paper's Table 2)
     python evaluate.py --baselines                 beside it the same model with the full text, with RAG, with a scratchpad, with nothing
-    python evaluate.py --sweep top_k=3,6,12 chunk_tokens=2048,4096 ...      every combination (Table 3); any setting can be swept
+    python evaluate.py --sweep top_k=3,6,12 chunk_tokens=2048,4096 ...      every combination (Table 3)
     python evaluate.py --runs runs/a/grpo runs/b/grpo             any run folders side by side, under one name's settings
     python evaluate.py --trace 2                   two episodes, turn by turn
     python evaluate.py --curves runs/*/grpo/metrics.jsonl         the learning curves as curves.png
@@ -19,7 +19,6 @@ the model that --judge names. The intervals are 95 % bootstrap intervals over ta
 import dataclasses
 import itertools
 import json
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +30,7 @@ from tqdm import tqdm
 
 from agent import TAGS, Response, parse
 from ask import answer_questions
-from config import OPERATIONS, BadInput, Config, load_settings, parse_args
+from config import OPERATIONS, BadInput, Config, check_one_process, load_settings, parse_args
 from demonstrations import Demonstrator, GoldDemonstrator, TownDemonstrator
 from endpoint import Endpoint
 from memory import load_embedder
@@ -39,7 +38,7 @@ from policy import evaluate, evaluating, open_player
 from run import trained_model
 from scoring import Judge, exact_match, f1, released_match, summarize, tally
 from show import draw_curves, trace
-from tasks import load_tasks
+from tasks import held_out_tasks, load_tasks
 
 # --- what is compared: the agent, ablations of it, and other workflows ------------------------------------------------
 
@@ -55,9 +54,9 @@ class RAG(Demonstrator):
         scripted = [self.write("create", o.chunk) if o.question is None else
                     self.write("read", o.question) if o.query != o.question else None for o in observations]
         asked = [o for o, text in zip(observations, scripted) if text is None]
-        reader = dataclasses.replace(self.config, disable=list(OPERATIONS))  # its prompt speaks of nothing but the answer
+        reader = dataclasses.replace(self.config, disable=list(OPERATIONS))  # its instruction speaks of nothing but the answer
         with evaluating(self.policy, reader):
-            answers = iter([self.answer_alone(response, reader) for response in self.policy.respond(asked)])
+            answers = iter([self.answer_alone(response, reader) for response in (self.policy.respond(asked) if asked else [])])
         return [next(answers) if text is None else Response(text) for text in scripted]
 
     def answer_alone(self, response, reader):
@@ -73,7 +72,7 @@ class Variant:
 
     disable: tuple = ()
     change: object = lambda task: task
-    script: object = lambda policy, config: policy
+    script: object = None
 
 
 STORAGE = ("create", "read", "update", "delete")
@@ -93,6 +92,10 @@ BASELINES = {
 }
 
 
+# What --sweep takes: not what belongs to training.
+SWEPT = ("questions", "length", "documents", "order", "chunk_tokens", "top_k", "capacity", "embedder", "retrieval", "max_reads",
+         "max_prompt_tokens", "max_response_tokens", "eval_temperature", "seed")
+
 # --- figures -------------------------------------------------------------------------------------------------------
 
 
@@ -103,12 +106,17 @@ def bootstrap(sums, counts, samples=2000, seed=0):
     return np.percentile(sums[drawn].sum(1) / counts[drawn].sum(1), [2.5, 97.5])
 
 
+def right_answers(episode):
+    """How many of an episode's questions were answered right, by exact match."""
+    return sum(exact_match(answer, question) for answer, question in zip(episode.answers, episode.task.questions) if answer is not None)
+
+
 def measure(label, episodes, seconds, judge=None):
     """One row of the table, as a dictionary: scores in per cent, rates per response, costs per task."""
     counts = [len(episode.task.questions) for episode in episodes]
     answered = [[(answer, question) for answer, question in zip(episode.answers, episode.task.questions) if answer is not None]
                 for episode in episodes]
-    em = [sum(exact_match(*pair) for pair in pairs) for pairs in answered]
+    em = list(map(right_answers, episodes))
     overlap = sum(f1(*pair, yes_no=not episode.task.id.startswith("musique")) for episode, pairs in zip(episodes, answered) for pair in pairs)
     low, high = bootstrap(em, counts)
     summary = summarize(tally(episodes))
@@ -124,9 +132,7 @@ def measure(label, episodes, seconds, judge=None):
 def compare(before, after):
     """What `after` loses in EM against `before`, episodes of the same tasks, in points, with the paired bootstrap's interval."""
     counts = [len(episode.task.questions) for episode in before]
-    right = [[sum(exact_match(answer, question) for answer, question in zip(episode.answers, episode.task.questions) if answer is not None)
-              for episode in episodes] for episodes in (before, after)]
-    lost = [one - other for one, other in zip(*right, strict=True)]
+    lost = [right_answers(one) - right_answers(other) for one, other in zip(before, after, strict=True)]
     low, high = bootstrap(lost, counts)
     return {"lost": 100 * sum(lost) / sum(counts), "lost_low": 100 * low, "lost_high": 100 * high}
 
@@ -166,10 +172,11 @@ def policies(config, extra, device):
     if not (folders or config.model or gold):
         raise BadInput(f"nothing to evaluate: there is no model in runs/{config.name}/sft or runs/{config.name}/grpo; "
                        "run sft.py first, or give --runs, or a pretrained --model")
-    for folder in folders.values() if not gold else ():
-        taught = load_settings(folder.parent)["data"]
+    trained = [folder.parent for folder in folders.values()] or [Path(config.model)]  # --model may name a run, too
+    for run in trained if not (gold or extra["ask"]) else ():
+        taught = load_settings(run)["data"] if (run / "model").is_dir() else ""
         if taught and config.data and Path(taught).resolve() == Path(config.data).resolve():
-            raise BadInput(f"--data {taught} is the file that {folder.parent} was trained on: give the set's dev file")
+            raise BadInput(f"--data {taught} is the file that {run} was trained on: give the set's dev file")
     opened = {label: open_player(str(folder), config, device) for label, folder in folders.items()}
     if not opened:  # for --gold without a model, a new one's tokenizer counts
         opened = {config.model or "new": open_player(config.model, config, device)}
@@ -182,22 +189,23 @@ def policies(config, extra, device):
 
 
 def play(name, make_policy, variant, config, number, count, embed):
-    """The episodes of the first `number` test tasks; before the long part of it, prints what that will cost."""
-    stream = load_tasks(config, "test", count)
-    tasks = [variant.change(stream(index)) for index in range(number)]
+    """The episodes of the first `number` test tasks. What takes more than a minute is announced, by the time of the first turns."""
+    tasks = [variant.change(task) for task in held_out_tasks(config, "test", number, count)]
     config = dataclasses.replace(config, disable=sorted({*config.disable, *variant.disable}))
-    turns, started = sum(len(task.chunks) + len(task.questions) for task in tasks), time.perf_counter()
+    turns = 0 if variant.script else sum(len(task.chunks) + len(task.questions) for task in tasks)  # a script's cost nothing
+    most, started = turns * (config.max_prompt_tokens + config.max_response_tokens), time.perf_counter()
 
-    with tqdm(total=number, desc=name, disable=None, unit="episode", leave=False) as bar:
+    with tqdm(total=len(tasks), desc=name, disable=None, unit="episode", leave=False) as bar:
         def progress(playing, done):
             bar.update(done - bar.n)
             nonlocal turns
-            if turns and (seconds := time.perf_counter() - started) * turns > 60 * playing:  # told once, and only if it takes more than a minute
-                tqdm.write(f"{name}: {number} tasks take {turns} turns or more, each of up to {config.max_prompt_tokens} + {config.max_response_tokens} "
-                           f"tokens; by the first {playing} of them about {seconds * turns / playing / 60:.0f} minutes")
-            turns = 0
+            if (seconds := time.perf_counter() - started) * turns > 60 * playing:
+                tqdm.write(f"{name}: {len(tasks)} tasks take {turns} turns or more, and up to {most / 1e6:.3g} million tokens; by the first "
+                           f"{playing} turns about {seconds * turns / playing / 60:.0f} minutes")
+            turns = 0  # told once
 
-        return evaluate(variant.script(make_policy(tasks, config), config), tasks, config, embed, progress)
+        policy = make_policy(tasks, config)
+        return evaluate(variant.script(policy, config) if variant.script else policy, tasks, config, embed, progress)
 
 
 def parse_sweep(texts, config):
@@ -206,8 +214,8 @@ def parse_sweep(texts, config):
     for text in texts:
         name, _, values = text.partition("=")
         kind = type(getattr(config, name, None))
-        if name in ("name", "task", "data", "model", "endpoint") or kind not in (int, float, str) or not values:
-            raise BadInput(f"--sweep {text}: not of the form setting=value,value")
+        if name not in SWEPT or not values:
+            raise BadInput(f"--sweep {text}: not of the form setting=value,value with one of the settings {', '.join(SWEPT)}")
         try:
             axes.append([(name, kind(value)) for value in values.split(",")])
         except ValueError as error:
@@ -222,8 +230,8 @@ def describe(label, config, change, variant):
     return " ".join(filter(None, [label, size, *swept, variant]))
 
 
-def save(rows, config, kind):
-    """Write the rows as JSON into the run's folder, under a name that is not taken yet."""
+def new_file(config, kind):
+    """Where to save the rows: in the run's folder, under a name that is not taken yet."""
     stem = "-".join(["evaluation", *kind] + ([str(config.documents)] if config.task not in ("town", "saved") else []))
     out = Path("runs") / config.name / f"{stem.replace('/', '_')}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -231,15 +239,14 @@ def save(rows, config, kind):
         if not out.exists():
             break
         out = out.with_name(f"{stem.replace('/', '_')} ({number}).json")
-    out.write_text(json.dumps(rows, indent=1) + "\n")
-    print(f"saved as {out}")
+    return out
 
 
 def make_judge(config, model, url):
     """The judge that --judge and --judge_endpoint name."""
     if not (url or config.endpoint):
         raise BadInput("--judge needs the URL of a server that has that model: --judge_endpoint, or --endpoint")
-    return Judge(Endpoint(url or config.endpoint, model, Path("runs") / config.name / "verdicts.jsonl", config.in_flight))
+    return Judge(Endpoint(url or config.endpoint, model, Path("runs") / config.name / "verdicts.jsonl", config.in_flight, fresh=config.overwrite))
 
 
 def main():
@@ -258,10 +265,15 @@ def main():
         ("--gold", dict(action="store_true", help="the scripted demonstrator in place of the model"))])
     if extra["curves"]:
         return draw_curves(extra["curves"], "curves.png")
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise BadInput("evaluate.py works in one process: start it with python, not with a launcher")
-    if extra["trace"] < 0:
-        raise BadInput(f"--trace {extra['trace']}: a number of episodes, 1 or more")
+    check_one_process("evaluate.py")
+    for wrong, complaint in (
+            (extra["trace"] < 0, f"--trace {extra['trace']}: a number of episodes, 1 or more"),
+            ((extra["file"] or extra["memory"]) and not extra["ask"], "--file and --memory are for --ask: there is no question"),
+            (extra["gold"] and extra["ask"], "--gold knows nothing of your own text: --ask needs a model"),
+            (extra["gold"] and extra["baselines"] and config.task == "town", "the town's script does not play the baselines"),
+            (extra["runs"] and config.endpoint, "--runs are models here, --endpoint is a server: give one of them")):
+        if wrong:
+            raise BadInput(complaint)
     device = Accelerator(cpu=config.cpu).device
     set_seed(config.seed)
     judge = make_judge(config, extra["judge"], extra["judge_endpoint"]) if extra["judge"] else None
@@ -269,13 +281,16 @@ def main():
     single = len(variants) > 1 or extra["trace"]  # the last contestant alone
     sweep = extra["sweep"] or (["length=1,2,4"] if config.task == "town" and not single else [])
     changes = parse_sweep(sweep, config)
+    settings = [dataclasses.replace(config, **change) for change in changes]
     count, contestants = policies(config, extra, device)
     if extra["ask"]:
         [(_, make_policy)] = contestants[-1:]
         return answer_questions(extra["ask"], extra["file"], extra["memory"], make_policy([], config), load_embedder(config.embedder, device), config)
     rows = []
-    for change in changes:
-        now = dataclasses.replace(config, **change)
+    for now in settings:  # what cannot be done shows before anything is played
+        load_tasks(now, "test", count), load_embedder(now.embedder, device)
+    out = None if extra["trace"] else new_file(config, [name for name in ("ablate", "baselines", "gold") if extra[name]] + (extra["sweep"] or []))
+    for change, now in zip(changes, settings):
         embed = load_embedder(now.embedder, device)
         for label, make_policy in contestants[-1:] if single else contestants:
             unabridged = None
@@ -288,11 +303,13 @@ def main():
                     rows[-1] |= compare(unabridged, episodes)
                 if extra["trace"]:
                     print("\n\n".join(trace(episode) for episode in episodes))
+                else:
+                    out.write_text(json.dumps(rows, indent=1) + "\n")  # after each row, since the next may take hours
     print(table(rows))
     if judge and judge.unclear:
         print(f"{judge.unclear} verdicts of the judge were neither yes nor no, and count as no")
-    if not extra["trace"]:
-        save(rows, config, [name for name in ("ablate", "baselines", "gold") if extra[name]] + (extra["sweep"] or []))
+    if out:
+        print(f"saved as {out}")
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ from memory import load_embedder
 from policy import check_prompts, clip_and_step, count_bad_steps, make_optimizers, open_policy, scale_lr, schedule
 from run import Run, trained_model
 from scoring import scorer, summarize, tally
-from tasks import load_tasks
+from tasks import held_out_tasks, load_tasks
 
 
 def group_advantages(rewards):
@@ -147,13 +147,11 @@ def main():
                                default_run=lambda name: Config(name=name).folder("sft"))
     run = Run(config, "grpo", extra["resume"])
     accelerator = run.accelerator
-    run.start = run.start or find_start(config, extra["start"])
-    if Path(run.start).resolve().is_relative_to(run.folder.resolve()) and not run.checkpoint:
-        raise BadInput(f"--overwrite would delete {run.start}, from which this run is to start: choose another --name")
+    run.begin_from(run.start or find_start(config, extra["start"]))
     policy = open_policy(str(run.checkpoint or run.start), config)
     embed = load_embedder(config.embedder, accelerator.device)
-    stream, dev = load_tasks(config, "train", policy.count), load_tasks(config, "dev", policy.count)
-    held_out = [dev(index) for index in range(min(100, config.eval_tasks))]
+    stream = load_tasks(config, "train", policy.count)
+    held_out = held_out_tasks(config, "dev", min(100, config.eval_tasks), policy.count)
     check_prompts(policy, held_out, config)
     wrapped = parallel.distribute(accelerator, policy)
     reference = parallel.frozen(accelerator, open_policy(run.start, config)) if config.kl else None

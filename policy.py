@@ -184,13 +184,16 @@ class LanguageModel(torch.nn.Module):
         self.tokenizer.save_pretrained(folder)
 
 
-def open_policy(name, config):
-    """The policy saved in a folder or a run folder, or a pretrained model by its hub name; for "" a new tiny model for config.task."""
+def open_policy(name, config, dtype=torch.float32):
+    """The policy saved in a folder or a run folder, or a pretrained model by its hub name; for "" a new tiny model for config.task.
+
+    dtype: to be trained, a model needs fp32 weights; bf16 is for autocast.
+    """
     if not name:
         return create_tiny(train_tokenizer(corpus(config), config, word_level=config.task == "town"), config)
     name = str(Path(name) / "model") if (Path(name) / "model").is_dir() else name
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)  # master weights; bf16 only as autocast
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise BadInput(f"{name}: transformers cannot load this model: {error}") from error
@@ -198,11 +201,16 @@ def open_policy(name, config):
 
 
 def open_player(name, config, device):
-    """A policy that plays and is not trained: open_policy's on the device or, with --endpoint, the one that the server has under `name`."""
+    """A policy that plays and is not trained: with --endpoint, the one that the server has under `name`, else open_policy's.
+
+    On a GPU a pretrained model is in bf16, since autocast would convert all of its weights for every token.
+    """
+    if config.endpoint and not name:
+        raise BadInput("--endpoint needs the model's name at that server: --model NAME (or --teacher NAME)")
     if config.endpoint:
         file = Path("runs") / config.name / "responses.jsonl"
-        return EndpointPolicy(Endpoint(config.endpoint, name, file, config.in_flight, config.seed), config)
-    return open_policy(name, config).to(device)
+        return EndpointPolicy(Endpoint(config.endpoint, name, file, config.in_flight, config.seed, config.overwrite), config)
+    return open_policy(name, config, torch.bfloat16 if name and config.model and device.type == "cuda" else torch.float32).to(device)
 
 
 def create_tiny(tokenizer, config):

@@ -78,6 +78,12 @@ class Run:
         if resume:
             self.take_up(parallel.gather(self.accelerator, self.checkpoints()[-1])[0])
 
+    def begin_from(self, model):
+        """Note the model that the run starts from. BadInput if --overwrite would delete it."""
+        self.start = self.start or model
+        if not self.checkpoint and self.start and Path(self.start).resolve().is_relative_to(self.folder.resolve()):
+            raise BadInput(f"--overwrite would delete {self.start}, from which this run is to start: choose another --name")
+
     def take_up(self, checkpoint):
         """Be where `checkpoint` was written; the steps after it will come again."""
         path, self.checkpoint = self.folder / "metrics.jsonl", checkpoint

@@ -67,6 +67,7 @@ class Judge:
 
     def __init__(self, endpoint):
         self.endpoint, self.unclear = endpoint, 0  # `unclear`: verdicts that were neither yes nor no, and so count as no
+        endpoint.complete([[{"role": "user", "content": "Reply with yes."}]], max_tokens=512, temperature=0.0)  # is it there?
 
     def __call__(self, episodes):
         """[the score of each answer] of each episode: 1.0 for right, 0.0 for wrong and for no answer."""
@@ -74,7 +75,7 @@ class Judge:
                  if answer is not None]
         verdicts = self.endpoint.complete(
             [[{"role": "user", "content": self.QUESTION.format(question=question.text, gold=" / ".join(question.answers), answer=answer)}]
-             for question, answer in given], max_tokens=16, temperature=0.0)
+             for question, answer in given], max_tokens=512, temperature=0.0)
         words = [re.sub(r"\W", " ", verdict.text.lower()).split()[:1] for verdict in verdicts]
         self.unclear += sum(word not in (["yes"], ["no"]) for word in words)
         right = iter(words)

@@ -3,8 +3,9 @@
     python sft.py                                                       the town, a tiny model, on a CPU: runs/town/sft
     python sft.py --task hotpotqa --data hotpot_train.json --documents 50
     python sft.py --model Qwen/Qwen3-0.6B --task hotpotqa --data hotpot_train.json
+    python sft.py --demonstrations taught.jsonl --model ...             a teacher's, which --teacher writes: see demonstrations.py
 
-1. Scripted demonstrators play training tasks through the agent loop, from the observation alone. In the town they follow a
+1. Demonstrators play training tasks through the agent loop, from the observation alone. In the town scripts follow a
    mixture of workflows, one per episode, most of them poor: SFT learns the mixture, and GRPO has to find what pays.
 2. Episodes with a task score below `keep_score` are dropped, as the paper drops its teacher's.
 3. Every turn of the others is one row, (prompt, response), and the loss is the cross-entropy of the response tokens:
@@ -20,13 +21,13 @@ import time
 from accelerate import Accelerator
 
 import parallel
-from config import RESUME, BadInput, parse_args
+from config import RESUME, BadInput, check_new_file, check_one_process, parse_args
 from demonstrations import demonstrate, lessons, read_file, record, recorded
 from memory import load_embedder
 from policy import check_prompts, clip_and_step, count_bad_steps, make_optimizers, open_player, open_policy, scale_lr, schedule
 from run import Run
 from scoring import summarize, tally
-from tasks import load_tasks
+from tasks import held_out_tasks, load_tasks
 
 
 def batches(taught, config):
@@ -71,7 +72,8 @@ def lessons_to_learn(config, policy, stream, embed, accelerator):
             accelerator.print(f"{len(episodes)} demonstrations, mean score {summarize(tally(episodes))['reward']:.3f}; {len(kept)} kept")
     for _, rows in taught:
         if not rows:
-            raise BadInput(f"no demonstration reached --keep_score {config.keep_score}: nothing to learn from")
+            raise BadInput(f"no demonstration reached --keep_score {config.keep_score}: nothing to learn from (questions of a saved set "
+                           "that have no \"support\" cannot be demonstrated by a script: use a --teacher)")
         accelerator.print(f"{len(rows)} rows" + (f" from {config.demonstrations}" if config.demonstrations else ""))
     return taught
 
@@ -81,8 +83,10 @@ def lessons_to_learn(config, policy, stream, embed, accelerator):
 
 def teach(config, name):
     """Write the demonstrations of a stronger model, which may be stopped and started again."""
+    check_one_process("sft.py --teacher")
     if not config.demonstrations:
         raise BadInput("--teacher needs --demonstrations FILE, where its episodes are to be written")
+    check_new_file("--demonstrations", config.demonstrations, overwrite=True)  # one that is there is gone on with
     device = Accelerator(cpu=config.cpu).device
     teacher = open_player(name, config, device)
     stream, embed = load_tasks(config, "train", teacher.count), load_embedder(config.embedder, device)
@@ -100,11 +104,12 @@ def main():
     if extra["teacher"]:
         return teach(config, extra["teacher"])
     run = Run(config, "sft", extra["resume"])
+    run.begin_from(config.model)
     accelerator = run.accelerator
     policy = open_policy(str(run.checkpoint or config.model), config)
     embed = load_embedder(config.embedder, accelerator.device)
-    stream, dev = load_tasks(config, "train", policy.count), load_tasks(config, "dev", policy.count)
-    held_out = [dev(index) for index in range(min(100, config.eval_tasks))]
+    stream = load_tasks(config, "train", policy.count)
+    held_out = held_out_tasks(config, "dev", min(100, config.eval_tasks), policy.count)
     check_prompts(policy, held_out, config)
     taught = lessons_to_learn(config, policy, stream, embed, accelerator)
     wrapped = parallel.distribute(accelerator, policy)

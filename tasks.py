@@ -1,9 +1,9 @@
 """What is asked: the town (town.py), long-context QA from three public data sets, and sets saved as JSONL.
 
     python tasks.py --task hotpotqa --data hotpot_dev.json --documents 800 --eval_tasks 500 --out hotpot800.jsonl
-    python evaluate.py --task saved --data hotpot800.jsonl
+    python evaluate.py --name mine --task saved --data hotpot800.jsonl
 
-The first command writes the very tasks that evaluate.py builds from the original file. A line of a saved set is one task,
+The first command writes the tasks that evaluate.py builds from the original file by the same settings. A line of a saved set is one task,
 
     {"id": "a", "questions": [{"question": "Who?", "answers": ["Ben", "an alias"]}], "documents": ["a text", "another one"]}
 
@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import town
-from config import BadInput, parse_args
+from config import BadInput, check_new_file, parse_args
 
 
 @dataclass(frozen=True)
@@ -59,13 +59,19 @@ def load_tasks(config, split, count):
     return lambda index: lay_out(build(index), config, count)
 
 
+def held_out_tasks(config, split, number, count):
+    """The first `number` tasks of the 'dev' or the 'test' stream, or as many as a saved set has."""
+    most = len(SavedTasks(config, split).numbers) if config.task == "saved" else number
+    return list(map(load_tasks(config, split, count), range(min(number, most))))
+
+
 def corpus(config):
     """The texts from which a tiny model's tokenizer takes its vocabulary."""
     if config.task == "town":
         yield from town.texts()
         return
     rows = read_rows(config.data, config.task)
-    for row in (rows[number] for number in range(0, len(rows), max(1, len(rows) // 2000))):  # of a large file a part is enough
+    for row in map(rows.read, range(0, len(rows), max(1, len(rows) // 2000))):  # of a large file a part is enough
         if isinstance(row, Task):
             yield from (text for question in row.questions for text in (question.text, *question.answers))
             yield from row.documents
@@ -128,8 +134,9 @@ def saved_task(row):
     """A line of a saved set."""
     questions = [Question(q["question"].strip(), tuple(map(str, q["answers"])), tuple((title, text) for title, text in q.get("support", ())))
                  for q in row["questions"]]
-    if not questions or not all(q.text and q.answers for q in questions) or isinstance(row["documents"], str):
-        raise ValueError("a task needs a question, each question an answer, and documents are a list")
+    lists = [row["questions"], row["documents"], *(q["answers"] for q in row["questions"])]
+    if not all(isinstance(one, list) and one for one in lists):
+        raise ValueError("questions, documents and each question's answers are lists with something in them")
     return Task(str(row["id"]), tuple(questions), tuple(text + "" for text in row["documents"]))
 
 
@@ -138,19 +145,16 @@ JSONL = ("musique", "saved")
 
 
 class Rows(Sequence):
-    """The rows of a data file, in the original format of `task`, each read from the disk when it is asked for.
+    """The rows of a data file, each read from the disk when it is asked for; what stays in memory is their places.
 
-    Making it goes through the whole file once, so that a fault shows before any long work; what stays in memory is the rows'
-    places. BadInput names the file, the row and the fault.
+    Making it goes through the whole file once: a fault shows before any long work. BadInput names the file, the row and the fault.
     """
 
     def __init__(self, path, task):
         self.path, self.task = Path(path), task
         self.places, self.gold, paragraphs = [], [], set()  # (first byte, the one after the last) of each row; its gold paragraphs
-        if not self.path.is_file():
-            raise BadInput(f"{path}: no such file")
-        if not self.path.stat().st_size:
-            raise BadInput(f"{path}: the file is empty")
+        if not (self.path.is_file() and self.path.stat().st_size):
+            raise BadInput(f"{path}: " + ("the file is empty" if self.path.is_file() else "no such file"))
         try:
             for start, end, row in (lines if task in JSONL else elements)(self.path):
                 example = self.convert(row)
@@ -278,9 +282,7 @@ class SavedTasks:
 
     def __init__(self, config, split):
         self.seed, self.split, self.rows = config.seed, split, read_rows(config.data, config.task)
-        self.numbers = held_out_rows(self.rows, split, 1)
-        if split == "test" and len(self.rows) < config.eval_tasks:
-            raise BadInput(f"{config.data} holds {len(self.rows)} tasks: --eval_tasks {config.eval_tasks} is too many")
+        self.numbers = held_out_rows(self.rows, split, 5)
         if not self.numbers:
             raise BadInput(f"{config.data}: {len(self.rows)} tasks are too few to train on: one has to be held out")
 
@@ -316,13 +318,14 @@ def split_chunks(texts, most, count):
     chunks, used = [], most
     for text, size in zip(texts, count(texts)):
         while size > most:  # too long for any chunk: cut at white space if there is some
-            cut = len(text) * most // size
+            window = text[: 16 * most]  # never counts the whole rest, which would be quadratic
+            cut = len(window) * most // max(most, count([window])[0])
             while count([text[:cut]])[0] > most:
                 cut = cut * 9 // 10
             cut = max(1, text.rfind(" ", 1, cut) + 1 or cut)
             chunks.append(text[:cut])
             text, used = text[cut:], most
-            [size] = count([text])
+            [size] = count([text]) if len(text) <= 16 * most else [most + 1]
         if text:
             if used + size > most:
                 chunks.append("")
@@ -335,14 +338,13 @@ def split_chunks(texts, most, count):
 def main():
     config, extra = parse_args("Build the test tasks of a QA file, and save them.", extra=[
         ("--out", dict(required=True, metavar="FILE", help="the JSONL file to write"))])
-    if Path(extra["out"]).exists() and not config.overwrite:
-        raise BadInput(f"{extra['out']} exists: choose another --out, or replace it with --overwrite")
+    check_new_file("--out", extra["out"], config.overwrite)
     if config.task in ("town", "saved"):
         raise BadInput(f"--task {config.task}: a set is built from a QA file: hotpotqa, 2wikimultihopqa or musique")
     build = QATasks(config, "test")
     save_tasks((build(index) for index in range(config.eval_tasks)), extra["out"])
     print(f"{config.eval_tasks} tasks of {config.documents} documents, saved as {extra['out']}; "
-          f"next: python evaluate.py --task saved --data {extra['out']}")
+          f"next: python evaluate.py --name NAME --task saved --data {extra['out']} --eval_tasks {config.eval_tasks}")
 
 
 if __name__ == "__main__":

@@ -91,10 +91,11 @@ def tiny():
 
 
 class Server(ThreadingHTTPServer):  # in the place of an OpenAI-compatible one
-    """Answers by `reply(conversation)`: a text, or a number, the HTTP error. `most` counts the questions it had at the same time."""
+    """Answers by `reply(conversation)`: a text, or a number, the HTTP error. `most` counts the
+    questions it had at the same time; a `strict` one refuses fields that OpenAI's do not have."""
 
     def __init__(self, reply):
-        self.reply, self.seen, self.now, self.most, self.lock = reply, [], 0, 0, threading.Lock()
+        self.reply, self.seen, self.now, self.most, self.lock, self.strict = reply, [], 0, 0, threading.Lock(), False
         super().__init__(("127.0.0.1", 0), Handler)
         threading.Thread(target=self.serve_forever, daemon=True).start()
         self.url = f"http://127.0.0.1:{self.server_port}/v1"
@@ -108,7 +109,7 @@ class Handler(BaseHTTPRequestHandler):
             server.now += 1
             server.most = max(server.most, server.now)
         time.sleep(0.02)
-        reply = server.reply(body["messages"])
+        reply = 400 if server.strict and "chat_template_kwargs" in body else server.reply(body["messages"])
         with server.lock:
             server.now -= 1
         answer = {"id": "x", "object": "chat.completion", "created": 0, "model": body["model"], "system_fingerprint": "",

@@ -1,9 +1,11 @@
 """A server of the test's own in the place of an OpenAI-compatible one."""
 
+import threading
+
 import pytest
 from conftest import Scripted, make_task
 
-from agent import run_episodes
+from agent import instruction, render, run_episodes
 from config import BadInput, Config
 from endpoint import Endpoint, EndpointPolicy
 from scoring import Judge, exact_match
@@ -28,12 +30,14 @@ def test_a_server_plays_episodes(serve, tmp_path, embed):
     episodes = run_episodes(tasks, policy, config, embed, exact_match)
     assert all(episode.reward == 1 and len(episode.turns) == 3 and episode.turns[0].response.tokens == 7 for episode in episodes)
     assert 1 < server.most <= 4
-    first = server.seen[0]
-    assert first["path"] == "/v1/chat/completions" and first["model"] == "big" and first["max_tokens"] == config.max_response_tokens
-    assert [m["role"] for m in first["messages"]] == ["system", "user"] and "<create_memory>" in first["messages"][0]["content"]
+    assert all(one["path"] == "/v1/chat/completions" and one["model"] == "big" and one["max_tokens"] == config.max_response_tokens
+               and one["chat_template_kwargs"] == {"enable_thinking": False} for one in server.seen)
+    shown = {render(turn.observation) for episode in episodes for turn in episode.turns}
+    assert {(m["role"], m["content"]) for one in server.seen for m in one["messages"]} == {
+        ("system", instruction(config)), *(("user", text) for text in shown)}
 
 
-def test_what_was_answered_is_not_asked_again(serve, tmp_path):
+def test_what_was_answered_is_not_asked_again(serve, tmp_path, capsys):
     """Bug: a job that lost its server pays for everything twice, or chokes on the half line that it left."""
     server, down = serve(lambda messages: 503 if down and messages[0]["content"] in "fg" else messages[0]["content"] * 2), []
     down.append(True)
@@ -46,10 +50,47 @@ def test_what_was_answered_is_not_asked_again(serve, tmp_path):
     down.clear()
     before = len(server.seen)
     got = Endpoint(server.url, "m", file, in_flight=2).complete([ask(c) for c in "abcdefg"], 5, 0.0)
-    assert [c.text for c in got] == ["aa", "bb", "cc", "dd", "ee", "ff", "gg"] and len(server.seen) - before <= 3
-    assert len(Endpoint(server.url, "m", file, 1).known) == 7
-    Endpoint(server.url, "another", file, in_flight=2).complete([ask("a")], 5, 0.0)
-    assert server.seen[-1]["model"] == "another"  # another model's answer is another
+    assert [c.text for c in got] == ["aa", "bb", "cc", "dd", "ee", "ff", "gg"] and len(server.seen) - before == 2
+    assert len(Endpoint(server.url, "m", file, 1).known) == 7 and "holds 7 answers" in capsys.readouterr().out
+    for url, model, fresh in ((server.url, "another", False), (server.url + "/", "m", False), (server.url, "m", True)):
+        before = len(server.seen)
+        Endpoint(url, model, file, 2, fresh=fresh).complete([ask("a")], 5, 0.0)
+        assert len(server.seen) == before + 1  # another model's or server's answer is another
+    assert file.read_text().count("\n") == 1
+
+
+def test_a_fault_loses_no_other_answer(serve, tmp_path):
+    """Bug: one refused question throws away the answers of all that were in flight with it, which were paid for."""
+    slow = threading.Event()
+
+    def reply(messages):
+        if messages[0]["content"] == "bad":
+            return 413
+        slow.wait(5)
+        return "late"
+
+    server, file = serve(reply), tmp_path / "f.jsonl"
+    threading.Timer(0.3, slow.set).start()
+    with pytest.raises(BadInput, match="413"):
+        Endpoint(server.url, "m", file, in_flight=4).complete([ask("a"), ask("b"), ask("c"), ask("bad")], 5, 0.0)
+    assert len(Endpoint(server.url, "m", file, 1).known) == 3
+
+
+def test_a_server_that_knows_no_thinking(serve, tmp_path):
+    """Bug: servers that refuse unknown fields cannot be used at all."""
+    server = serve(lambda messages: "fine")
+    server.strict = True
+    assert Endpoint(server.url, "m", tmp_path / "f", 1).complete([ask("a"), ask("b")], 5, 0.0)[1].text == "fine"
+    assert ["chat_template_kwargs" in one for one in server.seen] == [True, False, False]
+
+
+def test_a_foreign_file_is_not_touched(serve, tmp_path):
+    """Bug: a data file named by mistake is cut at its last line's end, which is its beginning."""
+    for content in ('[{"question": "no line end"}]', "no json\n", '{"id": 1}\n{"id": 2}'):
+        (tmp_path / "data.json").write_text(content)
+        with pytest.raises(BadInput, match="data.json"):
+            Endpoint("http://127.0.0.1:1", "m", tmp_path / "data.json", 1)
+        assert (tmp_path / "data.json").read_text() == content
 
 
 def test_samples_differ_and_come_again(serve, tmp_path):
@@ -83,8 +124,9 @@ def test_no_server_is_one_sentence(serve, tmp_path):
 def test_the_judge(serve, tmp_path, config, embed):
     """Bug: a verdict is given to another answer, unanswered questions are judged, or what is no verdict counts as one."""
     def reply(messages):
+        asked = messages[0]["content"]
         return {"Ben": "Yes.", "Benjamin": "**yes**, it does", "Eva": "No", "?": "I cannot tell"}[
-            messages[0]["content"].split("judged: ")[1].split("\n")[0]]
+            asked.split("judged: ")[1].split("\n")[0]] if "judged: " in asked else "Yes"
 
     tasks = [make_task([], ("Q1?", "Q2?", "Q3?"), ("Ben",) * 3), make_task([], ("R1?", "R2?"), ("Ben",) * 2)]
     script = Scripted({"Q1?": ["<answer>Eva</answer>", "", "<answer>Benjamin</answer>"], "R1?": ["<answer>Ben</answer>", "<answer>?</answer>"]})

@@ -8,7 +8,6 @@ from scoring import exact_match, f1, normalize, released_match
 from tasks import Question
 
 
-
 def test_scores_equal_the_official_ones():
     """Bug: punctuation replaced by a space, articles dropped too early, yes / no partly right, MuSiQue's empty side."""
     vectors = json.loads((DATA / "scoring_vectors.json").read_text())

@@ -12,7 +12,7 @@ import pytest
 from conftest import DATA, TINY
 
 import town
-from config import Config
+from config import Config, parse_args
 
 ROOT = Path(__file__).parent.parent
 QA = ["--task", "hotpotqa", "--data", str(DATA / "hotpotqa.json"), "--documents", "20", "--questions", "1", "--chunk_tokens", "300"]
@@ -107,9 +107,28 @@ def test_from_a_saved_set_and_a_teacher_to_an_answer(call, tmp_path):
     assert out.count("sft 1x top_k") == 4 and "sft 1x top_k 2 retrieval random" in out
     (tmp_path / "notes.txt").write_text("Anna lives in Rome.\nAnna is a baker.\n" * 5)
     ask = ["evaluate.py", "--ask", "Where does Anna live?", "--ask", "What is the job of Anna?", "--model", "runs/town/sft", "--memory", "m"]
-    out = call(*ask, "--file", "notes.txt", "--chunk_tokens", 14, "--cpu")
+    out = call(*ask, "--file", "notes.txt", "--cpu")
     assert "What is the job of Anna?\n  " in out and "entries saved as m" in out
     assert "What is the job of Anna?\n  " in call(*ask, "--cpu")
+
+
+def test_a_run_as_the_model(call, tmp_path):
+    """Bug: a run given by --model is evaluated on the file that it was trained on, or replaced by the run that starts from it."""
+    (tmp_path / "runs/mine/sft/model").mkdir(parents=True)
+    config = Config(task="hotpotqa", data=QA[3], name="mine", max_prompt_tokens=2000)
+    (tmp_path / "runs/mine/sft/config.json").write_text(config.json())
+    with pytest.raises(SystemExit, match="is the file that runs/mine/sft was trained on"):
+        call("evaluate.py", "--model", "runs/mine/sft", "--cpu")
+    with pytest.raises(SystemExit, match="--overwrite would delete runs/mine/sft"):
+        call("sft.py", "--model", "runs/mine/sft", "--name", "mine", "--overwrite", "--cpu")
+    assert parse_args_of("sft.py", "--model", "runs/mine/sft").name == "hotpotqa"  # not the run's own
+
+
+def parse_args_of(*argv):
+    from unittest.mock import patch
+
+    with patch("sys.argv", list(map(str, argv))):
+        return parse_args("")[0]
 
 
 QWEN3_TEMPLATE = """{% for m in messages %}<|im_start|>{{ m.role }}

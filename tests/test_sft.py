@@ -2,7 +2,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import DATA
+from conftest import DATA, make_task
 
 import demonstrations
 import sft
@@ -110,17 +110,29 @@ def test_a_teacher_may_be_stopped(tmp_path, tiny, embed):
     assert [prompt for prompt, _ in rows[:5]] == [prompt for prompt, _ in rows_of(episodes, tiny)[:5]]
 
 
+def test_a_question_without_support_is_not_demonstrated(config, embed):
+    """Bug: where nothing says what holds the answer, it is given out of nowhere, scores 1, and is learnt."""
+    demonstrator = demonstrations.GoldDemonstrator([make_task(["Ben bakes."])], config, lambda texts, written=False: [1] * len(texts))
+    [episode] = run_episodes([make_task(["Ben bakes."])], demonstrator, config, embed, exact_match)
+    assert episode.reward == 0
+
+
 def test_a_teachers_file_goes_with_its_settings(tmp_path, config, embed):
     """Bug: half of a file is made with other settings, or a policy is trained on operations that it does not have."""
     path = tmp_path / "t.jsonl"
     begun = Config(demonstrations=str(path), sft_tasks=2)
     demonstrations.record(demonstrations.TownDemonstrator("append", begun), "append", lambda n: town_task(n, "train", begun), begun, embed)
-    with pytest.raises(BadInput, match="t.jsonl was begun with another temperature, questions"):
+    with pytest.raises(BadInput, match="t.jsonl was begun with another questions, temperature"):
         other = Config(demonstrations=str(path), questions=3, temperature=0.5)
         demonstrations.record(demonstrations.TownDemonstrator("append", other), "append", None, other, embed)
     with pytest.raises(BadInput, match=r"--disable \[\], not \['read'\]"):
         demonstrations.recorded(Config(demonstrations=str(path), disable=["read"]))
     path.write_text(path.read_text() + '{"task": 3}\n')
+    foreign = '{"id": 1}\n{"id": 2}'
+    (tmp_path / "data.jsonl").write_text(foreign)
+    with pytest.raises(BadInput, match="data.jsonl is another kind of file"):
+        demonstrations.read_file(tmp_path / "data.jsonl")
+    assert (tmp_path / "data.jsonl").read_text() == foreign
     with pytest.raises(BadInput, match="line 4 is no demonstration"):
         demonstrations.recorded(begun)
 
