@@ -249,31 +249,41 @@ def make_judge(config, model, url):
     return Judge(Endpoint(url or config.endpoint, model, Path("runs") / config.name / "verdicts.jsonl", config.in_flight, fresh=config.overwrite))
 
 
-def main():
-    config, extra = parse_args("Evaluation.", default_run=latest_run, extra=[
-        ("--runs", dict(nargs="+", default=[], metavar="RUN", help="run folders to compare (default: SFT and GRPO of --name)")),
-        ("--sweep", dict(nargs="+", metavar="SETTING=A,B", help="all combinations of these settings (default: length=1,2,4 in the town)")),
-        ("--ablate", dict(action="store_true", help="switch operations off one by one, at test time")),
-        ("--baselines", dict(action="store_true", help="the same model with the full text, RAG, a scratchpad alone, and no memory")),
-        ("--judge", dict(metavar="MODEL", help="also let this model judge the answers; it is asked at --judge_endpoint")),
-        ("--judge_endpoint", dict(metavar="URL", help="the judge's OpenAI-compatible server (default: --endpoint)")),
-        ("--ask", dict(action="append", metavar="QUESTION", help="answer this question, and others, about --file, and do nothing else")),
-        ("--file", dict(help="the text to read for --ask: .txt, .md, .jsonl")),
-        ("--memory", dict(metavar="FILE", help="with --file: save the memory here; without: ask the memory saved here")),
-        ("--trace", dict(type=int, default=0, metavar="N", help="print N episodes turn by turn")),
-        ("--curves", dict(nargs="+", metavar="METRICS", help="draw curves.png from GRPO runs' metrics.jsonl, and do nothing else")),
-        ("--gold", dict(action="store_true", help="the scripted demonstrator in place of the model"))])
-    if extra["curves"]:
-        return draw_curves(extra["curves"], "curves.png")
-    check_one_process("evaluate.py")
+FLAGS = [
+    ("--runs", dict(nargs="+", default=[], metavar="RUN", help="run folders to compare (default: SFT and GRPO of --name)")),
+    ("--sweep", dict(nargs="+", metavar="SETTING=A,B", help="all combinations of these settings (default: length=1,2,4 in the town)")),
+    ("--ablate", dict(action="store_true", help="switch operations off one by one, at test time")),
+    ("--baselines", dict(action="store_true", help="the same model with the full text, RAG, a scratchpad alone, and no memory")),
+    ("--judge", dict(metavar="MODEL", help="also let this model judge the answers; it is asked at --judge_endpoint")),
+    ("--judge_endpoint", dict(metavar="URL", help="the judge's OpenAI-compatible server (default: --endpoint)")),
+    ("--ask", dict(action="append", metavar="QUESTION", help="answer this question, and others, about --file, and do nothing else")),
+    ("--file", dict(help="the text to read for --ask: .txt, .md, .jsonl")),
+    ("--memory", dict(metavar="FILE", help="with --file: save the memory here; without: ask the memory saved here")),
+    ("--trace", dict(type=int, default=0, metavar="N", help="print N episodes turn by turn")),
+    ("--curves", dict(nargs="+", metavar="METRICS", help="draw curves.png from GRPO runs' metrics.jsonl, and do nothing else")),
+    ("--gold", dict(action="store_true", help="the scripted demonstrator in place of the model")),
+]
+
+
+def check_flags(config, extra):
+    """BadInput for flags that do not go together."""
     for wrong, complaint in (
             (extra["trace"] < 0, f"--trace {extra['trace']}: a number of episodes, 1 or more"),
+            (extra["ablate"] and extra["baselines"], "--ablate and --baselines are two tables: give one of them"),
             ((extra["file"] or extra["memory"]) and not extra["ask"], "--file and --memory are for --ask: there is no question"),
             (extra["gold"] and extra["ask"], "--gold knows nothing of your own text: --ask needs a model"),
             (extra["gold"] and extra["baselines"] and config.task == "town", "the town's script does not play the baselines"),
             (extra["runs"] and config.endpoint, "--runs are models here, --endpoint is a server: give one of them")):
         if wrong:
             raise BadInput(complaint)
+
+
+def main():
+    config, extra = parse_args("Evaluation.", default_run=latest_run, extra=FLAGS)
+    if extra["curves"]:
+        return draw_curves(extra["curves"], "curves.png")
+    check_one_process("evaluate.py")
+    check_flags(config, extra)
     device = Accelerator(cpu=config.cpu).device
     set_seed(config.seed)
     judge = make_judge(config, extra["judge"], extra["judge_endpoint"]) if extra["judge"] else None

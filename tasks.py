@@ -73,8 +73,7 @@ def corpus(config):
     rows = read_rows(config.data, config.task)
     for row in map(rows.read, range(0, len(rows), max(1, len(rows) // 2000))):  # of a large file a part is enough
         if isinstance(row, Task):
-            yield from (text for question in row.questions for text in (question.text, *question.answers))
-            yield from row.documents
+            yield from [text for q in row.questions for text in (q.text, *q.answers)] + list(row.documents)
         else:
             yield from (row.question.text, *row.question.answers, *("\n".join(paragraph) for paragraph in row.paragraphs))
 
@@ -134,8 +133,7 @@ def saved_task(row):
     """A line of a saved set."""
     questions = [Question(q["question"].strip(), tuple(map(str, q["answers"])), tuple((title, text) for title, text in q.get("support", ())))
                  for q in row["questions"]]
-    lists = [row["questions"], row["documents"], *(q["answers"] for q in row["questions"])]
-    if not all(isinstance(one, list) and one for one in lists):
+    if not all(isinstance(one, list) and one for one in (row["questions"], row["documents"], *(q["answers"] for q in row["questions"]))):
         raise ValueError("questions, documents and each question's answers are lists with something in them")
     return Task(str(row["id"]), tuple(questions), tuple(text + "" for text in row["documents"]))
 
@@ -174,6 +172,7 @@ class Rows(Sequence):
         self.read = functools.lru_cache(10_000)(self.read)  # a small file's rows are converted once
 
     def convert(self, row):
+        """The row after those in `places`, checked."""
         number = len(self.places)
         try:
             example = CONVERT[self.task](row)
@@ -295,7 +294,7 @@ class SavedTasks:
 
 
 def save_tasks(tasks, path):
-    """Write tasks as a saved set, one a line; their chunks are made anew when it is read."""
+    """Write tasks as a saved set; their chunks are made anew when it is read."""
     part = Path(f"{path}.part")
     with open(part, "w", encoding="utf-8") as file:
         for task in tasks:
@@ -309,8 +308,8 @@ def lay_out(task, config, count):
     documents = list(task.documents)
     if config.order:
         random.Random(f"{config.order} {task.id}").shuffle(documents)
-    texts = [f"Document {number}: {document}\n" for number, document in enumerate(documents, start=1)]
-    return dataclasses.replace(task, documents=tuple(documents), chunks=split_chunks(texts, config.chunk_tokens, count))
+    chunks = split_chunks([f"Document {n}: {text}\n" for n, text in enumerate(documents, start=1)], config.chunk_tokens, count)
+    return dataclasses.replace(task, documents=tuple(documents), chunks=chunks)
 
 
 def split_chunks(texts, most, count):

@@ -1,8 +1,12 @@
 import json
 import random
 import re
+import subprocess
+import sys
+import time
 import tracemalloc
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from conftest import DATA
@@ -205,6 +209,31 @@ def test_a_file_is_not_kept_in_memory(tmp_path):
     tracemalloc.stop()
     assert len(rows) == 4000 and rows[-1] == rows[0]
     assert kept < path.stat().st_size / 20 and peak < 8 * 2**24  # a few blocks of the file
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task, rows", [("hotpotqa", 90_447), ("2wikimultihopqa", 167_454), ("musique", 19_938)])
+def test_files_of_the_original_size(tmp_path, task, rows):
+    """Bug: a file of hundreds of MB does not fit into memory, or half a thousand tasks take an hour. Prints what they take (-s)."""
+    text = (DATA / FILES[task]).read_text(encoding="utf-8")
+    few = [json.loads(line) for line in text.split("\n") if line] if task == "musique" else json.loads(text)
+    path = tmp_path / FILES[task]
+    with open(path, "w", encoding="utf-8") as file:
+        for number in range(rows):
+            row = json.loads(json.dumps(few[number % len(few)]))
+            for paragraph in row.get("paragraphs", []):
+                paragraph["paragraph_text"] += f" n{number}"  # so that no paragraph comes twice
+            for _, sentences in row.get("context", []):
+                sentences[-1] += f" n{number}"
+            file.write(("" if task == "musique" else ", " if number else "[") + json.dumps(row) + "\n")
+        file.write("" if task == "musique" else "]")
+    started = time.perf_counter()
+    measured = "import tasks; tasks.main(); print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])"  # kB; on Linux
+    command = [sys.executable, "-c", measured, "--task", task, "--data", path, "--documents", "800", "--eval_tasks", "500", "--out", tmp_path / "set"]
+    done = subprocess.run(list(map(str, command)), check=True, cwd=Path(__file__).parent.parent, capture_output=True, text=True)
+    peak = int(done.stdout.split()[-1]) / 1e6
+    print(f"{task}: {path.stat().st_size / 1e6:.0f} MB; 500 tasks of 800 documents in {time.perf_counter() - started:.0f} s and {peak:.2f} GB")
+    assert len((tmp_path / "set").read_text(encoding="utf-8").split("\n")) == 501 and peak < 2
 
 
 def test_tasks_hang_on_their_index_alone():
