@@ -232,7 +232,8 @@ def describe(label, config, change, variant):
 
 def new_file(config, kind):
     """Where to save the rows: in the run's folder, under a name that is not taken yet."""
-    stem = "-".join(["evaluation", *kind] + ([str(config.documents)] if config.task not in ("town", "saved") else []))
+    size = [] if config.task in ("town", "saved") or any(one.startswith("documents=") for one in kind) else [str(config.documents)]
+    stem = "-".join(["evaluation", *kind, *size])
     out = Path("runs") / config.name / f"{stem.replace('/', '_')}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     for number in itertools.count(2):
