@@ -31,7 +31,8 @@ import parallel
 from agent import run_episodes
 from config import RESUME, BadInput, Config, parse_args
 from memory import load_embedder
-from policy import check_prompts, clip_and_step, count_bad_steps, make_optimizers, open_policy, scale_lr, schedule
+from optim import clip_and_step, count_bad_steps, make_optimizers, scale_lr, schedule
+from policy import check_prompts, open_policy
 from run import Run, trained_model
 from scoring import scorer, summarize, tally
 from tasks import held_out_tasks, load_tasks

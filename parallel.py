@@ -33,7 +33,8 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM
 
 from config import BadInput
-from policy import LanguageModel, evaluate, micro_batches
+from optim import micro_batches
+from policy import LanguageModel, evaluate
 from scoring import summarize, tally
 
 # A row, as in grpo.training_rows, without response tokens: it adds nothing to any sum.

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import torch
 from jinja2 import TemplateError
-from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from transformers import (AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedTokenizerFast, Qwen3Config,
                           Qwen3ForCausalLM)
+from transformers.cache_utils import DynamicLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from agent import TAGS, Episode, Response, fit, instruction, observe, render, run_episodes
@@ -27,6 +27,33 @@ PAD, END, RESPONSE = "<pad>", "<end>", "<response>"
 TINY_TEMPLATE = "{% for message in messages if message.role == 'user' %}{{ message.content }}{% endfor %}" + RESPONSE
 MARK = "@observation@"  # stands for the observation while a chat template is applied
 LOGIT_SLICE = 2**24  # most logits in memory at once when tokens are scored
+
+
+class GrowingLayer(DynamicLayer):
+    """A layer of the cache that writes keys and values behind the old ones; DynamicLayer copies the old ones for every token."""
+
+    room = 32  # tokens between two copies
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        new = key_states, value_states  # (B, heads, new tokens, head dimension) each
+        if not self.is_initialized:
+            self.lazy_initialization(*new)
+            self.buffers = [states[..., :0, :] for states in new]
+        start = self.get_seq_length()
+        end = start + key_states.shape[-2]
+        if end > self.buffers[0].shape[-2]:
+            more = end - start + self.room
+            self.buffers = [torch.cat([old[..., :start, :], states.new_empty(*states.shape[:-2], more, states.shape[-1])], -2)
+                            for old, states in zip(self.buffers, new)]
+        for buffer, states in zip(self.buffers, new):
+            buffer[..., start:end, :] = states
+        self.keys, self.values = (buffer[..., :end, :] for buffer in self.buffers)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices):
+        end = self.get_seq_length()
+        self.buffers = [buffer.index_select(0, indices) for buffer in self.buffers]
+        self.keys, self.values = (buffer[..., :end, :] for buffer in self.buffers)
 
 
 class LanguageModel(torch.nn.Module):
@@ -112,6 +139,7 @@ class LanguageModel(torch.nn.Module):
         position = (mask.cumsum(1) - 1).clamp(min=0)
         self.model.eval()  # recomputing layers fill no cache
         cache, ends = DynamicCache(config=self.model.config), self.end_ids.to(device)
+        cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
         alive = torch.arange(len(prompts), device=device)  # the prompt of each row that is still in the batch
         drawn = [([], [], False) for _ in prompts]
         for _ in range(self.config.max_response_tokens):
@@ -255,75 +283,7 @@ def train_tokenizer(texts, config, word_level):
                                    clean_up_tokenization_spaces=False)
 
 
-# --- for both trainers -----------------------------------------------------------------------------------------------
-
-
-def make_optimizers(policy, lr, kind):
-    """Optimisers that together cover all parameters, on fp32 master weights.
-
-    'muon': torch's Muon for the matrices inside the blocks, with updates scaled to AdamW's size; AdamW for embeddings, head and
-    norms, at 0.3 of the learning rate. 'adamw': AdamW alone. No weight decay.
-    """
-    embeddings = {id(module.weight) for module in policy.modules() if isinstance(module, torch.nn.Embedding)}
-    embeddings.add(id(policy.model.get_output_embeddings().weight))
-    matrices = [p for p in policy.parameters() if p.ndim == 2 and id(p) not in embeddings] if kind == "muon" else []
-    chosen = {id(p) for p in matrices}
-    others = [p for p in policy.parameters() if id(p) not in chosen]
-    optimizers = [torch.optim.AdamW(others, lr=0.3 * lr if matrices else lr, betas=(0.9, 0.95), weight_decay=0.0)]
-    if matrices:
-        optimizers.append(torch.optim.Muon(matrices, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
-    return optimizers
-
-
-def scale_lr(optimizers, factor):
-    """Set the learning rates to `factor` times those of make_optimizers."""
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = factor * group.setdefault("initial_lr", group["lr"])
-
-
-def schedule(step, steps, warmup, decay):
-    """Factor on the learning rate at `step`, 1 to `steps`: linear warm-up, constant, linear to 0 over the last share `decay`.
-
-    >>> [schedule(step, 10, warmup=2, decay=0.5) for step in (1, 2, 5, 6, 8, 10)]
-    [0.5, 1.0, 1.0, 1.0, 0.6, 0.2]
-    """
-    falling = (steps + 1 - step) / (decay * steps) if decay else 1.0
-    return min(1.0, step / max(1, warmup), falling)
-
-
-def clip_and_step(policy, optimizers, max_norm):
-    """Clip the gradient, step and zero it. Returns its norm before clipping; a step with a non-finite one is left out."""
-    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), max_norm)
-    norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()  # sharded weights have a sharded norm
-    for optimizer in optimizers:
-        if math.isfinite(norm):
-            optimizer.step()
-        optimizer.zero_grad()
-    return norm
-
-
-def count_bad_steps(before, norms):
-    """How many steps in a row had a gradient that was not finite, given the number `before` this one. SystemExit at 3."""
-    bad = 0 if all(map(math.isfinite, norms)) else before + 1
-    if bad == 3:
-        raise SystemExit("the gradient was not finite in 3 steps running, so the run stops; such steps leave the weights "
-                         "alone, and the checkpoints are sound. A lower learning rate may help")
-    return bad
-
-
-def micro_batches(rows, max_tokens):
-    """Split `rows` of (prompt ids, response ids, ...) into lists of at most `max_tokens`, padding included.
-
-    Rows of similar length go together; the longest come first, so that running out of memory shows at once.
-    """
-    batches, width = [], 0
-    for row in sorted(rows, key=lambda row: -len(row[0]) - len(row[1])):
-        if not batches or width * (len(batches[-1]) + 1) > max_tokens:
-            batches.append([])
-            width = len(row[0]) + len(row[1])  # the longest of this batch
-        batches[-1].append(row)
-    return batches
+# --- playing ------------------------------------------------------------------------------------------------------
 
 
 @contextmanager

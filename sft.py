@@ -24,7 +24,8 @@ import parallel
 from config import RESUME, BadInput, check_new_file, check_one_process, parse_args
 from demonstrations import demonstrate, lessons, read_file, record, recorded
 from memory import load_embedder
-from policy import check_prompts, clip_and_step, count_bad_steps, make_optimizers, open_player, open_policy, scale_lr, schedule
+from optim import clip_and_step, count_bad_steps, make_optimizers, scale_lr, schedule
+from policy import check_prompts, open_player, open_policy
 from run import Run
 from scoring import summarize, tally
 from tasks import held_out_tasks, load_tasks

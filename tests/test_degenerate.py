@@ -15,7 +15,8 @@ import grpo
 from agent import Episode, run_episodes
 from config import Config
 from memory import Memory
-from policy import LanguageModel, count_bad_steps, make_optimizers, open_policy
+from optim import count_bad_steps, make_optimizers
+from policy import LanguageModel, open_policy
 from scoring import exact_match, f1, summarize, tally
 from tasks import Question, town_task
 

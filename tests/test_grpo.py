@@ -10,7 +10,7 @@ import grpo
 from agent import Episode, Response, Turn, run_episodes
 from config import Config
 from memory import HashedEmbedder, Memory
-from policy import clip_and_step, count_bad_steps, make_optimizers
+from optim import clip_and_step, count_bad_steps, make_optimizers
 from scoring import exact_match
 from tasks import town_task
 

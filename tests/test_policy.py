@@ -4,12 +4,14 @@ import math
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+from transformers.cache_utils import DynamicLayer
 
+import town
 from agent import TAGS, Observation, render, run_episodes
 from config import Config
 from memory import Entry, HashedEmbedder
-from policy import LanguageModel, create_tiny, evaluate, make_optimizers, micro_batches, open_policy, train_tokenizer
-import town
+from optim import make_optimizers, micro_batches
+from policy import GrowingLayer, LanguageModel, create_tiny, evaluate, open_policy, train_tokenizer
 from scoring import exact_match
 from tasks import town_task
 
@@ -113,6 +115,22 @@ def test_an_ablated_operation_is_not_in_the_evaluation_prompt(tiny):
         [episode] = evaluate(tiny, [town_task(0, "test", now)], now, embed)
         assert all((tag in turn.response.prompt_ids) == there for turn in episode.turns)
     assert tiny.config.disable == []
+
+
+def test_the_growing_cache_holds_what_a_copying_one_does():
+    """Bug: a key is written over another, spare room is attended to, or a row that leaves takes another's keys along."""
+    rng, growing, copying = torch.Generator().manual_seed(0), GrowingLayer(), DynamicLayer()
+    rows = 5
+    for tokens in (7, *[1] * 40, 3, *[1] * 40):
+        new = torch.randn(2, rows, 2, tokens, 4, generator=rng)
+        for ours, theirs in zip(growing.update(*new), copying.update(*new)):
+            assert torch.equal(ours, theirs)
+        assert growing.get_seq_length() == copying.get_seq_length() and growing.get_mask_sizes(1) == copying.get_mask_sizes(1)
+        if tokens == 1 and rows > 2 and torch.rand(1, generator=rng) < 0.1:
+            keep = torch.randperm(rows, generator=rng)[: rows - 1].sort().values
+            growing.batch_select_indices(keep), copying.batch_select_indices(keep)
+            rows -= 1
+    assert rows == 2
 
 
 def test_text_is_never_more_than_text(tiny):
