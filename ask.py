@@ -81,6 +81,8 @@ def show_answer(question, answer, observation, origins):
 
 def read_chunks(path, config, count):
     """(chunks, the lines that each one comes from, such as "lines 1-20")."""
+    if not path.is_file():
+        raise BadInput(f"--file {path}: no such file")
     try:
         pieces = re.findall(r"[^\n]*\n|[^\n]+", path.read_text(encoding="utf-8"))  # texts hold other line separators, which are none here
         if path.suffix == ".jsonl":
@@ -100,6 +102,8 @@ def read_chunks(path, config, count):
 
 def load_memory(path, config):
     """(Memory, {id: where its text comes from}, standing query) of a saved file."""
+    if not Path(path).is_file():
+        raise BadInput(f"--memory {path}: no such file; with a --file to read, it is made")
     try:
         state = json.loads(Path(path).read_text())
         memory, embedder, origins, query = Memory.from_state(state["memory"]), state["embedder"], dict(state["origins"]), str(state["query"])

@@ -93,7 +93,7 @@ class Config:
     kl: float = setting(0.0, "weight of the KL penalty against the SFT policy; 0 loads no reference (paper: 0)")
     save_every: int = setting(25, "steps between checkpoints, and GRPO's held-out evaluations")
     # --- evaluation ----------------------------------------------------------------------------
-    eval_tasks: int = setting(500, "held-out tasks in evaluate.py")
+    eval_tasks: int = setting(500, "held-out tasks in evaluate.py and, up to 100, behind held_out_em in training")
     eval_temperature: float = setting(0.0, "0: greedy (paper: 0.7)")
     scorer: str = setting("official", "'official' EM and F1, or 'released' (the released code's string equality)")
     # --- the run -------------------------------------------------------------------------------

@@ -199,8 +199,8 @@ class GoldDemonstrator(Demonstrator):
 
 # --- a teacher's demonstrations ------------------------------------------------------------------------------------
 
-# What has to be the same in all of a file's episodes; and, the first four, in the training on them.
-RECORDED = ("disable", "dialect", "chunk_tokens", "top_k", "task", "data", "questions", "length", "documents", "order", "capacity", "embedder",
+# What has to be the same in all of a file's episodes; and, the first five, in the training on them.
+RECORDED = ("task", "disable", "dialect", "chunk_tokens", "top_k", "data", "questions", "length", "documents", "order", "capacity", "embedder",
             "retrieval", "max_reads", "max_prompt_tokens", "max_response_tokens", "temperature", "keep_score", "seed")
 
 
@@ -249,7 +249,7 @@ def read_file(path):
 def recorded(config):
     """[(prompt text, response text)] of the turns in the file config.demonstrations whose episode reached config.keep_score."""
     settings, lines = read_file(config.demonstrations)
-    for name in RECORDED[:4]:
+    for name in RECORDED[:5]:
         if settings.get(name) != getattr(config, name):
             raise BadInput(f"{config.demonstrations} was made with --{name} {settings.get(name)}, not {getattr(config, name)}")
     return [(turn["prompt"], turn["response"]) for line in lines if line["score"] >= config.keep_score for turn in line["turns"]]

@@ -49,6 +49,7 @@ class Endpoint:
             self.file.unlink(missing_ok=True)
         if self.file.exists():
             self.known = {row.pop("key"): Completion(**row) for row in kept_rows(self.file, "key")}
+        if self.known:
             print(f"{self.file} holds {len(self.known)} answers, which are not asked for again; --overwrite begins it anew")
 
     def complete(self, conversations, max_tokens, temperature):
@@ -99,6 +100,8 @@ class Endpoint:
                 elif not pauses or status in FINAL:
                     raise BadInput(f"--endpoint {self.url}, model {self.model}: {' '.join(str(error).split())}; answers so far are in {self.file}") from error
                 else:
+                    if len(pauses) == len(PAUSES):
+                        print(f"{self.url}: {' '.join(str(error).split())}; trying again for {sum(PAUSES)} seconds")
                     time.sleep(pauses.pop(0))
 
 

@@ -35,7 +35,7 @@ from demonstrations import Demonstrator, GoldDemonstrator, TownDemonstrator
 from endpoint import Endpoint
 from memory import load_embedder
 from policy import evaluate, evaluating, open_player
-from run import trained_model
+from run import trained_model, unfinished
 from scoring import Judge, exact_match, f1, released_match, summarize, tally
 from show import draw_curves, trace
 from tasks import held_out_tasks, load_tasks
@@ -177,7 +177,8 @@ def policies(config, extra, device):
         taught = load_settings(run)["data"] if (run / "model").is_dir() else ""
         if taught and config.data and Path(taught).resolve() == Path(config.data).resolve():
             raise BadInput(f"--data {taught} is the file that {run} was trained on: give the set's dev file")
-    opened = {label: open_player(str(folder), config, device) for label, folder in folders.items()}
+    opened = {label + (f" ({steps})" if (steps := unfinished(folder)) else ""): open_player(str(folder), config, device)
+              for label, folder in folders.items()}
     if not opened:  # for --gold without a model, a new one's tokenizer counts
         opened = {config.model or "new": open_player(config.model, config, device)}
     count = list(opened.values())[-1].count
@@ -214,8 +215,10 @@ def parse_sweep(texts, config):
     for text in texts:
         name, _, values = text.partition("=")
         kind = type(getattr(config, name, None))
-        if name not in SWEPT or not values:
-            raise BadInput(f"--sweep {text}: not of the form setting=value,value with one of the settings {', '.join(SWEPT)}")
+        if not values:
+            raise BadInput(f"--sweep {text}: not of the form setting=value,value")
+        if name not in SWEPT:
+            raise BadInput(f"--sweep {text}: {name} cannot be swept; these can: {', '.join(SWEPT)}")
         try:
             axes.append([(name, kind(value)) for value in values.split(",")])
         except ValueError as error:
@@ -232,14 +235,14 @@ def describe(label, config, change, variant):
 
 def new_file(config, kind):
     """Where to save the rows: in the run's folder, under a name that is not taken yet."""
-    size = [] if config.task in ("town", "saved") or any(one.startswith("documents=") for one in kind) else [str(config.documents)]
+    size = [] if config.task in ("town", "saved") or any(one.startswith("documents=") for one in kind) else [f"documents={config.documents}"]
     stem = "-".join(["evaluation", *kind, *size])
     out = Path("runs") / config.name / f"{stem.replace('/', '_')}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     for number in itertools.count(2):
         if not out.exists():
             break
-        out = out.with_name(f"{stem.replace('/', '_')} ({number}).json")
+        out = out.with_name(f"{stem.replace('/', '_')}-{number}.json")
     return out
 
 

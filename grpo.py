@@ -33,7 +33,7 @@ from config import RESUME, BadInput, Config, parse_args
 from memory import load_embedder
 from optim import clip_and_step, count_bad_steps, make_optimizers, scale_lr, schedule
 from policy import check_prompts, open_policy
-from run import Run, trained_model
+from run import Run, trained_model, unfinished
 from scoring import scorer, summarize, tally
 from tasks import held_out_tasks, load_tasks
 
@@ -140,6 +140,8 @@ def find_start(config, start):
             raise BadInput(f"{config.folder('sft') / 'model'} does not exist: run sft.py with the same --name first, or give a "
                            "run folder with --from, or a pretrained --model")
         return config.model
+    if steps := unfinished(folder):
+        print(f"{folder} has had {steps}: --resume {folder.parent} would go on with it")
     return str(folder.resolve())  # the checkpoint itself: the link may show another one when this run is resumed
 
 

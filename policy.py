@@ -224,7 +224,7 @@ def open_policy(name, config, dtype=torch.float32):
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise BadInput(f"{name}: transformers cannot load this model: {error}") from error
+        raise BadInput(f"{name}: " + "no such folder, and " * (not Path(name).exists()) + f"transformers cannot load this model: {error}") from error
     return LanguageModel(model, tokenizer, config)
 
 

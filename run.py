@@ -33,6 +33,16 @@ def trained_model(config, stage):
     return folder / "model" if (folder / "model").is_dir() and load_settings(folder)["model"] == config.model else None
 
 
+def unfinished(model):
+    """What to say of a model folder whose run was stopped, such as "7 of 60 steps"; "" if it is finished, or no run's."""
+    path = Path(model).resolve() / "progress.json"  # of the checkpoint that the link shows
+    if not path.is_file():
+        return ""
+    run = path.parents[2]
+    done, planned = json.loads(path.read_text())["step"], load_settings(run)[f"{run.name}_steps"]
+    return f"{done} of {planned} steps" if done < planned else ""
+
+
 class Run:
     """A run folder, runs/<name>/<stage>:
 

@@ -214,7 +214,7 @@ def elements(path, block=2**24):
         text = file.read(block)
         at = gap.match(text).end() + 1
         if text[at - 1 : at] != "[":
-            raise BadInput(f"{path}: the file holds no list of rows")
+            raise BadInput(f"{path}: the file holds no list of rows (MuSiQue's and saved sets are JSONL, the others are not)")
         byte = at  # where text[at:] begins in the file; all before it is ASCII
         while True:
             start = gap.match(text, at).end()

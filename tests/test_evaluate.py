@@ -120,7 +120,7 @@ def test_no_evaluation_is_overwritten(tmp_path, monkeypatch, config):
     for number in range(3):
         out = evaluate.new_file(config, ["ablate"])
         out.write_text(json.dumps([{"number": number}]))
-    files = ["evaluation-ablate.json", "evaluation-ablate (2).json", "evaluation-ablate (3).json"]
+    files = ["evaluation-ablate.json", "evaluation-ablate-2.json", "evaluation-ablate-3.json"]
     assert [json.loads((tmp_path / "runs/town" / file).read_text())[0]["number"] for file in files] == [0, 1, 2]
 
 

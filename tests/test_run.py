@@ -22,8 +22,8 @@ from transformers import AutoModelForCausalLM
 import grpo
 import sft
 from agent import Episode
-from config import BadInput
-from run import Run, random_state, set_random_state
+from config import BadInput, Config
+from run import Run, random_state, set_random_state, unfinished
 
 TINY = [*TINY, *"--grpo_steps 4 --save_every 2 --eval_tasks 3 --eval_temperature 0.7".split()]
 STAGES = {"sft": sft, "grpo": grpo}
@@ -271,3 +271,15 @@ def test_killed_anywhere(call):
 if __name__ == "__main__":  # grpo.py with the made-up reward, for test_killed_anywhere
     Episode.reward = property(made_up_reward)
     grpo.main()
+
+
+def test_a_stopped_run_is_called_so(tmp_path):
+    """Bug: GRPO starts from an SFT run of seven steps, or a table shows a run of none, as if they were done."""
+    run = tmp_path / "runs/town/sft"
+    (run / "checkpoints/000007").mkdir(parents=True)
+    (run / "checkpoints/000007/progress.json").write_text('{"step": 7}')
+    (run / "model").symlink_to("checkpoints/000007")
+    for steps, words in ((60, "7 of 60 steps"), (7, "")):
+        (run / "config.json").write_text(Config(sft_steps=steps).json())
+        assert unfinished(run / "model") == words
+    assert unfinished(tmp_path) == unfinished("Qwen/Qwen3-0.6B") == ""
