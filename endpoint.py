@@ -43,7 +43,7 @@ class Endpoint:
         self.url, self.model, self.file, self.in_flight, self.seed = url, model, Path(file), in_flight, seed
         self.client = InferenceClient(base_url=url, api_key=os.environ.get("OPENAI_API_KEY", "none"), timeout=TIMEOUT)
         self.extra = {"chat_template_kwargs": {"enable_thinking": False}}  # as for a local model; not every server takes it
-        self.asked, self.known, self.lock = Counter(), {}, threading.Lock()
+        self.asked, self.known, self.lock, self.told = Counter(), {}, threading.Lock(), False  # told: of a fault that may pass
         self.file.parent.mkdir(parents=True, exist_ok=True)
         if fresh:
             self.file.unlink(missing_ok=True)
@@ -100,7 +100,8 @@ class Endpoint:
                 elif not pauses or status in FINAL:
                     raise BadInput(f"--endpoint {self.url}, model {self.model}: {' '.join(str(error).split())}; answers so far are in {self.file}") from error
                 else:
-                    if len(pauses) == len(PAUSES):
+                    if not self.told:
+                        self.told = True
                         print(f"{self.url}: {' '.join(str(error).split())}; trying again for {sum(PAUSES)} seconds")
                     time.sleep(pauses.pop(0))
 

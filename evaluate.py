@@ -38,7 +38,7 @@ from policy import evaluate, evaluating, open_player
 from run import trained_model, unfinished
 from scoring import Judge, exact_match, f1, released_match, summarize, tally
 from show import draw_curves, trace
-from tasks import held_out_tasks, load_tasks
+from tasks import held_out_tasks
 
 # --- what is compared: the agent, ablations of it, and other workflows ------------------------------------------------
 
@@ -189,20 +189,34 @@ def policies(config, extra, device):
     return count, [(label, lambda tasks, now, policy=policy: policy) for label, policy in opened.items()]
 
 
+def turns_of(tasks, variant):
+    """How many turns a model takes at the least in `tasks`, which `variant` has changed; those that a script takes cost nothing."""
+    return sum((0 if variant.script else len(task.chunks)) + len(task.questions) for task in tasks)
+
+
+def announce(settings, contestants, variants, number, count):
+    """Print what all rows together will take, judged by the first tasks of each."""
+    turns, tokens = 0, 0
+    for now in settings:
+        tasks = held_out_tasks(now, "test", min(number, 5), count)
+        here = sum(turns_of(map(variant.change, tasks), variant) for variant in variants.values()) * contestants * number // len(tasks)
+        turns, tokens = turns + here, tokens + here * (now.max_prompt_tokens + now.max_response_tokens)
+    print(f"{len(settings) * contestants * len(variants)} rows of {number} tasks: about {turns} turns or more, and up to {tokens / 1e6:.3g} million "
+          "tokens; a row that takes more than a minute says so after its first turns")
+
+
 def play(name, make_policy, variant, config, number, count, embed):
     """The episodes of the first `number` test tasks. What takes more than a minute is announced, by the time of the first turns."""
     tasks = [variant.change(task) for task in held_out_tasks(config, "test", number, count)]
     config = dataclasses.replace(config, disable=sorted({*config.disable, *variant.disable}))
-    turns = 0 if variant.script else sum(len(task.chunks) + len(task.questions) for task in tasks)  # a script's cost nothing
-    most, started = turns * (config.max_prompt_tokens + config.max_response_tokens), time.perf_counter()
+    turns, started = turns_of(tasks, variant) * (variant.script is None), time.perf_counter()  # a script's first turns tell nothing
 
     with tqdm(total=len(tasks), desc=name, disable=None, unit="episode", leave=False) as bar:
         def progress(playing, done):
             bar.update(done - bar.n)
             nonlocal turns
             if (seconds := time.perf_counter() - started) * turns > 60 * playing:
-                tqdm.write(f"{name}: {len(tasks)} tasks take {turns} turns or more, and up to {most / 1e6:.3g} million tokens; by the first "
-                           f"{playing} turns about {seconds * turns / playing / 60:.0f} minutes")
+                tqdm.write(f"{name}: {turns} turns or more, by the first {playing} of them about {seconds * turns / playing / 60:.0f} minutes")
             turns = 0  # told once
 
         policy = make_policy(tasks, config)
@@ -302,11 +316,13 @@ def main():
         return answer_questions(extra["ask"], extra["file"], extra["memory"], make_policy([], config), load_embedder(config.embedder, device), config)
     rows = []
     for now in settings:  # what cannot be done shows before anything is played
-        load_tasks(now, "test", count), load_embedder(now.embedder, device)
+        load_embedder(now.embedder, device)
     out = None if extra["trace"] else new_file(config, [name for name in ("ablate", "baselines", "gold") if extra[name]] + (extra["sweep"] or []))
+    contestants = contestants[-1:] if single else contestants
+    announce(settings, len(contestants), variants, extra["trace"] or config.eval_tasks, count)
     for change, now in zip(changes, settings):
         embed = load_embedder(now.embedder, device)
-        for label, make_policy in contestants[-1:] if single else contestants:
+        for label, make_policy in contestants:
             unabridged = None
             for variant, how in variants.items():
                 started, name = time.perf_counter(), describe(label, now, change, variant)

@@ -11,6 +11,7 @@ import show
 from agent import instruction, run_episodes
 from config import OPERATIONS, PRESETS, BadInput, Config
 from scoring import exact_match
+from tasks import town_task
 
 
 def test_bootstrap_interval():
@@ -101,7 +102,11 @@ def test_long_work_is_announced(monkeypatch, capsys, config, embed):
         monkeypatch.setattr(evaluate.time, "perf_counter", lambda: next(clock) * seconds)
         evaluate.play("x", lambda tasks, now: Scripted({task.questions[0].text: [] for task in tasks}), evaluate.Variant(), config, 3, None, embed)
         out = capsys.readouterr().out
-        assert ("turns or more, and up to 0.0" in out) == told and ("million tokens; by the first 3 turns about 3 minutes" in out) == told
+        assert ("turns or more, by the first 3 of them about 3 minutes" in out) == told
+    evaluate.announce([config, dataclasses.replace(config, length=4)], 2, {"": evaluate.Variant()}, 100, None)
+    tasks = [town_task(n, "test", dataclasses.replace(config, length=length)) for length in (1, 4) for n in range(5)]
+    turns = sum(len(task.chunks) + 2 for task in tasks) * 2 * 20
+    assert f"4 rows of 100 tasks: about {turns} turns or more, and up to {turns * 276 / 1e6:.3g} million tokens" in capsys.readouterr().out
 
 
 def test_sweeps(config):

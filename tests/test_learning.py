@@ -6,7 +6,7 @@ import pytest
 
 import grpo
 import sft
-import tasks
+import town
 
 SMALL = "--cpu --questions 1 --sft_tasks 3000 --sft_steps 250 --grpo_steps 40 --grpo_decay 0.5 --save_every 40".split()
 
@@ -15,7 +15,7 @@ SMALL = "--cpu --questions 1 --sft_tasks 3000 --sft_steps 250 --grpo_steps 40 --
 def test_sft_then_grpo_raise_the_score(tmp_path, monkeypatch):
     """Bug: a sign, a mask or a schedule is wrong in a way that no unit test sees, and the policy does not get better."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(tasks, "SENTENCES_PER_STORY", 6)  # three chunks
+    monkeypatch.setattr(town, "SENTENCES_PER_STORY", 6)  # three chunks
     for script in (sft, grpo):
         monkeypatch.setattr("sys.argv", ["script", *SMALL])
         script.main()
