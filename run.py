@@ -156,9 +156,10 @@ class Run:
         self.handlers = {number: signal.signal(number, self.stop) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def stop(self, number, frame):
-        """Signal handler: let the step end. A second signal has its usual effect."""
+        """Signal handler: let the step end. A second signal, of either kind, has its usual effect."""
         self.stopping = True
-        signal.signal(number, self.handlers[number])
+        for either, handler in self.handlers.items():
+            signal.signal(either, handler)
         if self.main:
             tqdm.write("stopping after this step; a second time stops at once")
 
