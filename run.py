@@ -156,10 +156,10 @@ class Run:
         self.handlers = {number: signal.signal(number, self.stop) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def stop(self, number, frame):
-        """Signal handler: let the step end. A second signal, of either kind, has its usual effect."""
+        """Signal handler: let the step end. A second signal of the same kind has its usual effect; a launcher turns a Ctrl-C
+        into a SIGTERM for each process, after the SIGINT that the terminal has sent."""
         self.stopping = True
-        for either, handler in self.handlers.items():
-            signal.signal(either, handler)
+        signal.signal(number, self.handlers[number])
         if self.main:
             tqdm.write("stopping after this step; a second time stops at once")
 
