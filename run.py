@@ -156,8 +156,10 @@ class Run:
         self.handlers = {number: signal.signal(number, self.stop) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def stop(self, number, frame):
-        """Signal handler: let the step end. A second signal of the same kind has its usual effect; a launcher turns a Ctrl-C
-        into a SIGTERM for each process, after the SIGINT that the terminal has sent."""
+        """Signal handler: let the step end. A second signal of the same kind has its usual effect.
+
+        One of the other kind has not: a launcher makes of a Ctrl-C a SIGTERM, after the SIGINT that the terminal has sent.
+        """
         self.stopping = True
         signal.signal(number, self.handlers[number])
         if self.main:
