@@ -117,6 +117,7 @@ def measure(label, episodes, seconds, judge=None):
     answered = [[(answer, question) for answer, question in zip(episode.answers, episode.task.questions) if answer is not None]
                 for episode in episodes]
     em = list(map(right_answers, episodes))
+    # MuSiQue has no yes-no rule; in a saved set the ids tell where a question is from.
     overlap = sum(f1(*pair, yes_no=not episode.task.id.startswith("musique")) for episode, pairs in zip(episodes, answered) for pair in pairs)
     low, high = bootstrap(em, counts)
     summary = summarize(tally(episodes))
