@@ -99,6 +99,11 @@ class Episode:
         return self.position == len(self.task.chunks) + len(self.task.questions)
 
     @property
+    def answered(self):
+        """[(answer, question)] of the questions that got one."""
+        return [(answer, question) for answer, question in zip(self.answers, self.task.questions) if answer is not None]
+
+    @property
     def reward(self):
         """The mean score over all the task's questions, within [0, 1]."""
         return sum(self.scores) / len(self.task.questions)

@@ -20,6 +20,7 @@ from agent import Episode, run_episodes
 from config import BadInput, check_new_file
 from memory import Memory
 from policy import evaluating
+from run import replace_file
 from show import printable
 from tasks import Question, Task, split_chunks
 
@@ -54,9 +55,7 @@ def answer_questions(questions, file, saved, policy, embed, config):
     for turn in reading:
         note_origins(turn, f"chunk {turn.position + 1}, {lines[turn.position]} of {file}", origins)
     if file and saved:
-        part = Path(f"{saved}.part")
-        part.write_text(json.dumps({"embedder": config.embedder, "origins": origins, **after}))
-        part.rename(saved)
+        replace_file(Path(saved), json.dumps({"embedder": config.embedder, "origins": origins, **after}))
     for number, question in enumerate(questions, start=len(chunks)):
         turns = [turn for turn in episode.turns if turn.position == number]
         for turn in turns[:-1]:

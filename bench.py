@@ -12,6 +12,7 @@ import copy
 import random
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -124,18 +125,19 @@ def shared_faiss(vectors, news):
 
 
 def town_policy():
-    """(the town's tiny policy with random weights, the prompts of a wave of 64 demonstrated episodes' fourth turns)."""
+    """(the town's tiny policy with random weights, the observations of 64 demonstrated episodes' fourth turns)."""
     config = Config(cpu=not torch.cuda.is_available())
     device = torch.device("cpu" if config.cpu else "cuda")
     policy = open_policy("", config).to(device)
     stream = load_tasks(config, "train", policy.count)
     episodes = demonstrate([stream(index) for index in range(64)], config, HashedEmbedder(), policy.count, quiet=True)
-    return policy, [turn.observation for episode in episodes for turn in episode.turns[3:4]], episodes
+    return policy, [turn.observation for episode in episodes for turn in episode.turns[3:4]]
 
 
 def rollouts():
-    """One wave of responses; random weights end none of them early, so all have 20 tokens in every way to sample."""
-    policy, observations, _ = town_policy()
+    """One wave of responses, all of 20 tokens in every way to sample."""
+    policy, observations = town_policy()
+    policy.end_ids = torch.tensor([-1])  # no token ends a response, as min_new_tokens has it for the peers
     new = policy.config.max_response_tokens
     settings = dict(max_new_tokens=new, min_new_tokens=new, do_sample=True, temperature=1.0, top_k=0, pad_token_id=policy.tokenizer.pad_token_id)
 
@@ -199,7 +201,7 @@ def trl_step(model, tokenizer, rows, cpu):
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
-    settings = GRPOConfig(output_dir="/tmp/bench-trl", per_device_train_batch_size=8, num_generations=8, gradient_accumulation_steps=2, beta=0.0,
+    settings = GRPOConfig(output_dir=tempfile.mkdtemp(), per_device_train_batch_size=8, num_generations=8, gradient_accumulation_steps=2, beta=0.0,
                           loss_type="dapo", max_completion_length=128, report_to="none", use_cpu=cpu, bf16=not cpu, gradient_checkpointing=False)
     trainer = GRPOTrainer(model=model, reward_funcs=lambda **_: [0.0], args=settings, processing_class=tokenizer,
                           train_dataset=Dataset.from_dict({"prompt": ["x"] * 8}))

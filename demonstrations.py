@@ -207,27 +207,30 @@ RECORDED = ("task", "disable", "dialect", "chunk_tokens", "top_k", "data", "ques
 def record(teacher, name, stream, config, embed):
     """Let `teacher`, a policy, play the first config.sft_tasks training tasks, and write its episodes to config.demonstrations.
 
-    Episodes that the file already holds are not played again. BadInput if it was made with other settings, or is something else.
+    Episodes that the file already holds are not played again. Returns the scores of all that it holds then. BadInput if it was made
+    with other settings, or is something else.
     """
-    path = Path(config.demonstrations)
+    path, lines = Path(config.demonstrations), []
     settings = {"teacher": name, **{name: getattr(config, name) for name in RECORDED}}
     if path.exists():
-        before, _ = read_file(path)
+        before, lines = read_file(path)
         if before != settings:
             differing = [name for name in settings if before.get(name) != settings[name]]
             raise BadInput(f"{path} was begun with another {', '.join(differing)}: give the same again, or another file")
     else:
         path.write_text(json.dumps({"settings": settings}) + "\n")
-    done, block = {line["task"] for line in read_file(path)[1]}, config.in_flight if config.endpoint else config.sample_rows
+    scores, block = {line["task"]: line["score"] for line in lines}, config.in_flight if config.endpoint else config.sample_rows
     with open(path, "a", encoding="utf-8") as file, tqdm(total=config.sft_tasks, desc="teacher", disable=None, unit="episode") as bar:
         for start in range(0, config.sft_tasks, block):
             tasks = [stream(index) for index in range(start, min(start + block, config.sft_tasks))]
-            for episode in run_episodes([task for task in tasks if task.id not in done], teacher, config, embed, scorer(config)):
+            for episode in run_episodes([task for task in tasks if task.id not in scores], teacher, config, embed, scorer(config)):
                 turns = [{"prompt": render(turn.observation), "response": turn.response.text} for turn in episode.turns
                          if episode.reward >= config.keep_score and not turn.response.truncated]
+                scores[episode.task.id] = episode.reward
                 file.write(json.dumps({"task": episode.task.id, "score": episode.reward, "turns": turns}, ensure_ascii=False) + "\n")
             file.flush()
             bar.update(len(tasks))
+    return list(scores.values())
 
 
 def read_file(path):

@@ -79,8 +79,9 @@ class Endpoint:
     def key(self, messages, max_tokens, temperature):
         """What names a question in the file; of questions asked again the number of times counts."""
         question = json.dumps([self.url, self.model, messages, max_tokens, temperature, self.seed if temperature else 0])
-        self.asked[question] += temperature > 0
-        return hashlib.sha256(f"{question} {self.asked[question]}".encode()).hexdigest()
+        name = hashlib.sha256(question.encode()).hexdigest()
+        self.asked[name] += temperature > 0
+        return f"{name} {self.asked[name]}"
 
     def ask(self, messages, max_tokens, temperature):
         """One Completion from the server; what may be a passing fault is tried again."""

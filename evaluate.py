@@ -90,11 +90,10 @@ BASELINES = {
     "scratchpad": Variant(STORAGE),
     "no memory": Variant(OPERATIONS, lambda task: dataclasses.replace(task, chunks=())),
 }
-
-
 # What --sweep takes: not what belongs to training.
 SWEPT = ("questions", "length", "documents", "order", "chunk_tokens", "top_k", "capacity", "embedder", "retrieval", "max_reads",
          "max_prompt_tokens", "max_response_tokens", "eval_temperature", "seed")
+
 
 # --- figures -------------------------------------------------------------------------------------------------------
 
@@ -108,23 +107,21 @@ def bootstrap(sums, counts, samples=2000, seed=0):
 
 def right_answers(episode):
     """How many of an episode's questions were answered right, by exact match."""
-    return sum(exact_match(answer, question) for answer, question in zip(episode.answers, episode.task.questions) if answer is not None)
+    return sum(exact_match(*pair) for pair in episode.answered)
 
 
 def measure(label, episodes, seconds, judge=None):
     """One row of the table, as a dictionary: scores in per cent, rates per response, costs per task."""
     counts = [len(episode.task.questions) for episode in episodes]
-    answered = [[(answer, question) for answer, question in zip(episode.answers, episode.task.questions) if answer is not None]
-                for episode in episodes]
     em = list(map(right_answers, episodes))
     # MuSiQue has no yes-no rule; in a saved set the ids tell where a question is from.
-    overlap = sum(f1(*pair, yes_no=not episode.task.id.startswith("musique")) for episode, pairs in zip(episodes, answered) for pair in pairs)
+    overlap = sum(f1(*pair, yes_no=not episode.task.id.startswith("musique")) for episode in episodes for pair in episode.answered)
     low, high = bootstrap(em, counts)
     summary = summarize(tally(episodes))
     shown = [len(turn.observation.chunk) / len(episode.task.beside) for episode in episodes for turn in episode.turns if episode.task.beside]
     return summary | {
         "label": label + (f" ({np.mean(shown):.0%} of it)" if shown else ""), "em": 100 * sum(em) / sum(counts), "low": 100 * low, "high": 100 * high,
-        "f1": 100 * overlap / sum(counts), "released": 100 * sum(released_match(*pair) for pairs in answered for pair in pairs) / sum(counts),
+        "f1": 100 * overlap / sum(counts), "released": 100 * sum(released_match(*pair) for episode in episodes for pair in episode.answered) / sum(counts),
         "judge": 100 * sum(map(sum, judge(episodes))) / sum(counts) if judge else None, "questions": sum(counts), "tasks": len(episodes),
         "calls": sum(turn.response.tokens > 0 for episode in episodes for turn in episode.turns) / len(episodes),
         "seconds": seconds / len(episodes)}
@@ -163,8 +160,11 @@ def latest_run(name):
     return grpo if grpo.is_dir() else Config(name=name).folder("sft")
 
 
-def policies(config, extra, device):
-    """(token counter, [(label, function from tasks and settings to the policy that plays them)]) of all that is to be compared."""
+def policies(config, extra, single, device):
+    """(token counter, [(label, function from tasks and settings to the policy that plays them)]) of all that is to be compared.
+
+    single: of the last one alone.
+    """
     gold, runs = extra["gold"], extra["runs"]
     folders = {str(run): Path(run) / "model" for run in runs}
     for stage in ("sft", "grpo"):
@@ -178,6 +178,8 @@ def policies(config, extra, device):
         taught = load_settings(run)["data"] if (run / "model").is_dir() else ""
         if taught and config.data and Path(taught).resolve() == Path(config.data).resolve():
             raise BadInput(f"--data {taught} is the file that {run} was trained on: give the set's dev file")
+    if single or gold:
+        folders = dict(list(folders.items())[-1:])
     opened = {label + (f" ({steps})" if (steps := unfinished(folder)) else ""): open_player(str(folder), config, device)
               for label, folder in folders.items()}
     if not opened:  # for --gold without a model, a new one's tokenizer counts
@@ -206,9 +208,9 @@ def announce(settings, contestants, variants, number, count):
           "tokens; a row that takes more than a minute says so after its first turns")
 
 
-def play(name, make_policy, variant, config, number, count, embed):
-    """The episodes of the first `number` test tasks. What takes more than a minute is announced, by the time of the first turns."""
-    tasks = [variant.change(task) for task in held_out_tasks(config, "test", number, count)]
+def play(name, make_policy, variant, config, tasks, embed):
+    """The episodes of `tasks`, as `variant` has them. What takes more than a minute is announced, by the time of the first turns."""
+    tasks = list(map(variant.change, tasks))
     config = dataclasses.replace(config, disable=sorted({*config.disable, *variant.disable}))
     turns, started = turns_of(tasks, variant) * (variant.script is None), time.perf_counter()  # a script's first turns tell nothing
 
@@ -307,27 +309,27 @@ def main():
     set_seed(config.seed)
     judge = make_judge(config, extra["judge"], extra["judge_endpoint"]) if extra["judge"] else None
     variants = ABLATIONS if extra["ablate"] else BASELINES if extra["baselines"] else {"": Variant()}
-    single = len(variants) > 1 or extra["trace"]  # the last contestant alone
+    single = bool(len(variants) > 1 or extra["trace"] or extra["ask"])  # the last contestant alone
     sweep = extra["sweep"] or (["length=1,2,4"] if config.task == "town" and not single else [])
     changes = parse_sweep(sweep, config)
     settings = [dataclasses.replace(config, **change) for change in changes]
-    count, contestants = policies(config, extra, device)
+    count, contestants = policies(config, extra, single, device)
     if extra["ask"]:
-        [(_, make_policy)] = contestants[-1:]
+        [(_, make_policy)] = contestants
         return answer_questions(extra["ask"], extra["file"], extra["memory"], make_policy([], config), load_embedder(config.embedder, device), config)
     rows = []
     for now in settings:  # what cannot be done shows before anything is played
         load_embedder(now.embedder, device)
     out = None if extra["trace"] else new_file(config, [name for name in ("ablate", "baselines", "gold") if extra[name]] + (extra["sweep"] or []))
-    contestants = contestants[-1:] if single else contestants
-    announce(settings, len(contestants), variants, extra["trace"] or config.eval_tasks, count)
+    number = extra["trace"] or config.eval_tasks
+    announce(settings, len(contestants), variants, number, count)
     for change, now in zip(changes, settings):
-        embed = load_embedder(now.embedder, device)
+        embed, tasks = load_embedder(now.embedder, device), held_out_tasks(now, "test", number, count)
         for label, make_policy in contestants:
             unabridged = None
             for variant, how in variants.items():
                 started, name = time.perf_counter(), describe(label, now, change, variant)
-                episodes = play(name, make_policy, how, now, extra["trace"] or now.eval_tasks, count, embed)
+                episodes = play(name, make_policy, how, now, tasks, embed)
                 rows.append(measure(name, episodes, time.perf_counter() - started, judge))
                 unabridged = unabridged or episodes  # "all on" comes first
                 if extra["ablate"]:

@@ -71,11 +71,9 @@ class Judge:
 
     def __call__(self, episodes):
         """[the score of each answer] of each episode: 1.0 for right, 0.0 for wrong and for no answer."""
-        given = [(question, answer) for episode in episodes for question, answer in zip(episode.task.questions, episode.answers)
-                 if answer is not None]
         verdicts = self.endpoint.complete(
             [[{"role": "user", "content": self.QUESTION.format(question=question.text, gold=" / ".join(question.answers), answer=answer)}]
-             for question, answer in given], max_tokens=512, temperature=0.0)
+             for episode in episodes for answer, question in episode.answered], max_tokens=512, temperature=0.0)
         words = [re.sub(r"\W", " ", verdict.text.lower()).split()[:1] for verdict in verdicts]
         self.unclear += sum(word not in (["yes"], ["no"]) for word in words)
         right = iter(words)

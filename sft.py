@@ -22,7 +22,7 @@ from accelerate import Accelerator
 
 import parallel
 from config import RESUME, BadInput, check_new_file, check_one_process, parse_args
-from demonstrations import demonstrate, lessons, read_file, record, recorded
+from demonstrations import demonstrate, lessons, record, recorded
 from memory import load_embedder
 from optim import clip_and_step, count_bad_steps, make_optimizers, scale_lr, schedule
 from policy import check_prompts, open_player, open_policy
@@ -59,9 +59,9 @@ def lessons_to_learn(config, policy, stream, embed, accelerator):
     """[(share of the steps, rows)]: the demonstrations of config.demonstrations, or scripted ones, whose score is good enough."""
     if config.demonstrations:
         rows = rows_of(recorded(config), policy.frame, policy)
-        if any(len(prompt) > config.max_prompt_tokens for prompt, _ in rows):
-            raise BadInput(f"{config.demonstrations}: a prompt of {max(len(prompt) for prompt, _ in rows)} tokens is over "
-                           f"--max_prompt_tokens {config.max_prompt_tokens}")
+        longest = max((len(prompt) for prompt, _ in rows), default=0)
+        if longest > config.max_prompt_tokens:
+            raise BadInput(f"{config.demonstrations}: a prompt of {longest} tokens is over --max_prompt_tokens {config.max_prompt_tokens}")
         taught = [(1.0, rows)]
     else:
         taught = []
@@ -92,9 +92,8 @@ def teach(config, name):
     teacher = open_player(name, config, device)
     stream, embed = load_tasks(config, "train", teacher.count), load_embedder(config.embedder, device)
     check_prompts(teacher, [stream(0)], config)
-    record(teacher, name, stream, config, embed)
-    _, lines = read_file(config.demonstrations)
-    print(f"{len(lines)} episodes, {sum(line['score'] >= config.keep_score for line in lines)} of them kept, in {config.demonstrations}; "
+    scores = record(teacher, name, stream, config, embed)
+    print(f"{len(scores)} episodes, {sum(score >= config.keep_score for score in scores)} of them kept, in {config.demonstrations}; "
           f"next: python sft.py --demonstrations {config.demonstrations}, with the model to train")
 
 

@@ -11,7 +11,7 @@ import show
 from agent import instruction, run_episodes
 from config import OPERATIONS, PRESETS, BadInput, Config
 from scoring import exact_match
-from tasks import town_task
+from tasks import held_out_tasks, town_task
 
 
 def test_bootstrap_interval():
@@ -52,8 +52,8 @@ def test_the_trace_cannot_command_the_terminal(config, embed):
 def test_qa_sets_are_evaluated(task, file, embed):
     """Bug: a set is scored by another set's rules, or only HotpotQA's files get through evaluate.py."""
     config = Config(**PRESETS["qa"] | dict(task=task, data=str(DATA / file), documents=20, questions=1))
-    count, [(label, make_policy)] = evaluate.policies(config, {"gold": True, "runs": []}, "cpu")
-    episodes = evaluate.play(label, make_policy, evaluate.Variant(), config, 20, count, embed)
+    count, [(label, make_policy)] = evaluate.policies(config, {"gold": True, "runs": []}, False, "cpu")
+    episodes = evaluate.play(label, make_policy, evaluate.Variant(), config, held_out_tasks(config, "test", 20, count), embed)
     row = evaluate.measure(label, episodes, 1.0)
     assert row["questions"] == 20 and row["em"] > 50 and row["f1"] >= row["em"] and row["invalid"] == 0
 
@@ -61,11 +61,11 @@ def test_qa_sets_are_evaluated(task, file, embed):
 def test_baselines(embed):
     """Bug: a baseline sees less than it should (its window, its documents), or more: a memory, another question's documents."""
     config = Config(**PRESETS["qa"] | dict(task="hotpotqa", data=str(DATA / "hotpotqa.json"), documents=30, questions=2, max_prompt_tokens=20_000))
-    count, [(label, make_policy)] = evaluate.policies(config, {"gold": True, "runs": []}, "cpu")
+    count, [(label, make_policy)] = evaluate.policies(config, {"gold": True, "runs": []}, False, "cpu")
 
     def row(variant, **settings):
         now = dataclasses.replace(config, **settings)
-        episodes = evaluate.play(label, make_policy, evaluate.BASELINES[variant], now, 10, count, embed)
+        episodes = evaluate.play(label, make_policy, evaluate.BASELINES[variant], now, held_out_tasks(now, "test", 10, count), embed)
         return evaluate.measure(variant, episodes, 1.0), episodes
 
     full, _ = row("full context")
@@ -86,7 +86,7 @@ def test_baselines_of_a_model(tiny, embed):
     """Bug: the script around a model asks it for no answers at all, or a trained policy's Reads and Creates get past it."""
     config = dataclasses.replace(tiny.config, eval_tasks=4)
     for variant in evaluate.BASELINES.values():
-        assert len(evaluate.play("x", lambda tasks, now: tiny, variant, config, 4, tiny.count, embed)) == 4
+        assert len(evaluate.play("x", lambda tasks, now: tiny, variant, config, held_out_tasks(config, "test", 4, tiny.count), embed)) == 4
     wild = Scripted({"Who?": ["<delete_memory>1</delete_memory><answer>Eva</answer><create_memory>x</create_memory><answer>Ben</answer>"]})
     rag, task = evaluate.RAG(wild, config), make_task(["Ben bakes.", "Who is Eva?"])
     [episode] = run_episodes([evaluate.BASELINES["RAG"].change(task)], rag, config, embed, exact_match)
@@ -100,7 +100,8 @@ def test_long_work_is_announced(monkeypatch, capsys, config, embed):
     for seconds, told in ((0.5, False), (20, True)):
         clock = iter(range(10_000))
         monkeypatch.setattr(evaluate.time, "perf_counter", lambda: next(clock) * seconds)
-        evaluate.play("x", lambda tasks, now: Scripted({task.questions[0].text: [] for task in tasks}), evaluate.Variant(), config, 3, None, embed)
+        evaluate.play("x", lambda tasks, now: Scripted({task.questions[0].text: [] for task in tasks}), evaluate.Variant(), config,
+                      held_out_tasks(config, "test", 3, None), embed)
         out = capsys.readouterr().out
         assert ("turns or more, by the first 3 of them about 3 minutes" in out) == told
     evaluate.announce([config, dataclasses.replace(config, length=4)], 2, {"": evaluate.Variant()}, 100, None)
