@@ -20,6 +20,7 @@ A malformed, switched-off or impossible operation is a counted no-op; it never s
 
 import random
 import re
+from collections import Counter, deque
 from dataclasses import dataclass, field
 
 from config import OPERATIONS, BadInput
@@ -249,25 +250,47 @@ def unbox(text):
 # --- the episode loop ----------------------------------------------------------------------------------------------
 
 
-def run_episodes(tasks, policy, config, embed, score, progress=lambda turns, done: None, begin=None):
+def run_episodes(tasks, policy, config, embed, score, progress=lambda turns, done: None, begin=None, seed=0):
     """Run one episode for each task, all side by side, and return them in the order of `tasks`.
 
-    policy.respond(observations) -> responses, one for each; embed(texts, query=False) -> (B, d) unit vectors;
-    score(answer, question) -> a number in [0, 1]. In each wave every unfinished episode takes one turn, so that the
-    policy decodes, and the embedder embeds, for all of them at once. `progress` is called after each wave. begin(task) makes
-    the Episode, if not one with an empty memory.
+    policy: has respond(observations) -> responses, one for each; or, so that no episode waits for another, serve(waiting), as
+    `waves` below. embed(texts, query=False) -> (B, d) unit vectors, for as many texts at once as there are. score(answer, question)
+    -> a number in [0, 1]. `progress` is told how many turns were taken, now and then, and how many episodes are done. begin(task)
+    makes the Episode, if not one with an empty memory.
+
+    What an episode draws at random hangs on config.seed, `seed`, its task's id and how many episodes of that task come before it,
+    and not on what else is played beside it.
     """
     episodes = [begin(task) if begin else Episode(task, Memory(config.capacity)) for task in tasks]
-    chances = [random.Random(f"{config.seed} {task.id} {number}") for number, task in enumerate(tasks)]
-    while active := [number for number, episode in enumerate(episodes) if not episode.done]:
-        observations = [observe(episodes[number], config, chances[number]) for number in active]
-        responses = policy.respond(observations)
-        parsed = [parse(response.text, config) for response in responses]
+    chances, times = [], Counter()
+    for task in tasks:
+        chances.append(random.Random(f"{config.seed} {seed} {task.id} {times[task.id]}"))
+        times[task.id] += 1
+
+    def turn(number):
+        return number, observe(episodes[number], config, chances[number]), chances[number]
+
+    waiting = deque(turn(number) for number, episode in enumerate(episodes) if not episode.done)
+    for answered in policy.serve(waiting) if hasattr(policy, "serve") else waves(policy, waiting):
+        parsed = [parse(response.text, config) for _, response in answered]
         vectors = embed_all([operation for operations in parsed for operation in operations], embed)
-        for number, observation, response, operations in zip(active, observations, responses, parsed):
+        for ((number, observation, _), response), operations in zip(answered, parsed):
             take_turn(episodes[number], observation, response, operations, vectors, config, score)
-        progress(len(active), sum(episode.done for episode in episodes))
+            if not episodes[number].done:
+                waiting.append(turn(number))
+        progress(len(answered), sum(episode.done for episode in episodes))
     return episodes
+
+
+def waves(policy, waiting):
+    """Yields [(item, its Response)], some at a time, until the deque `waiting` is empty; the caller appends to it between two yields.
+
+    An item is (the episode's number, observation, the episode's random.Random). Here all that waits is answered together.
+    """
+    while waiting:
+        items = list(waiting)
+        waiting.clear()
+        yield list(zip(items, policy.respond([observation for _, observation, _ in items])))
 
 
 def observe(episode, config, rng):

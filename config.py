@@ -62,7 +62,7 @@ class Config:
     in_flight: int = setting(32, "most questions that --endpoint is asked at the same time")
     hidden_size: int = setting(128, "tiny model: width")
     layers: int = setting(3, "tiny model: depth")
-    heads: int = setting(4, "tiny model: attention heads of 64 dimensions each")
+    heads: int = setting(2, "tiny model: attention heads of 64 dimensions each")
     vocab_size: int = setting(4096, "tiny model on QA text: size of the byte-level BPE vocabulary")
     temperature: float = setting(1.0, "sampling temperature in training (paper: 1)")
     sample_rows: int = setting(256, "prompts decoded together")
@@ -77,7 +77,7 @@ class Config:
     demonstrations: str = setting("", "JSONL file of demonstrations to train on (or, with --teacher, to write); empty: scripted ones")
     keep_score: float = setting(0.5, "demonstrations with a lower task score are dropped (paper: 0.5)")
     easy_share: float = setting(0.4, "town: share of the SFT steps, the first, on stories without two-hop questions")
-    sft_steps: int = setting(2500, "optimiser steps (paper: 3 epochs)")
+    sft_steps: int = setting(1800, "optimiser steps (paper: 3 epochs)")
     sft_batch: int = setting(64, "turns per optimiser step")
     sft_lr: float = setting(5e-3, "peak learning rate: warm-up over a tenth of the steps, linear to 0 over the last 60 %")
     # --- grpo.py -------------------------------------------------------------------------------

@@ -212,15 +212,18 @@ def play(name, make_policy, variant, config, tasks, embed):
     """The episodes of `tasks`, as `variant` has them. What takes more than a minute is announced, by the time of the first turns."""
     tasks = list(map(variant.change, tasks))
     config = dataclasses.replace(config, disable=sorted({*config.disable, *variant.disable}))
-    turns, started = turns_of(tasks, variant) * (variant.script is None), time.perf_counter()  # a script's first turns tell nothing
+    turns, taken = turns_of(tasks, variant) * (variant.script is None), 0  # a script's first turns tell nothing
+    started = time.perf_counter()
 
     with tqdm(total=len(tasks), desc=name, disable=None, unit="episode", leave=False) as bar:
-        def progress(playing, done):
+        def progress(more, done):
             bar.update(done - bar.n)
-            nonlocal turns
-            if (seconds := time.perf_counter() - started) * turns > 60 * playing:
-                tqdm.write(f"{name}: {turns} turns or more, by the first {playing} of them about {seconds * turns / playing / 60:.0f} minutes")
-            turns = 0  # told once
+            nonlocal turns, taken
+            taken += more
+            if turns and taken >= len(tasks):
+                if (seconds := time.perf_counter() - started) * turns > 60 * taken:
+                    tqdm.write(f"{name}: {turns} turns or more, by the first {taken} of them about {seconds * turns / taken / 60:.0f} minutes")
+                turns = 0  # told once
 
         policy = make_policy(tasks, config)
         return evaluate(variant.script(policy, config) if variant.script else policy, tasks, config, embed, progress)

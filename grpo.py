@@ -165,7 +165,8 @@ def main():
         started = time.perf_counter()
         first = config.sft_tasks + (step - 1) * config.tasks_per_step  # tasks that SFT has not seen
         tasks = [stream(index) for index in parallel.share(accelerator, range(first, first + config.tasks_per_step))]
-        episodes = run_episodes([task for task in tasks for _ in range(config.group_size)], player, config, embed, scorer(config))
+        episodes = run_episodes([task for task in tasks for _ in range(config.group_size)], player, config, embed, scorer(config),
+                                seed=step)
         rollout_seconds = max(parallel.gather(accelerator, time.perf_counter() - started))
         rewards = torch.tensor([episode.reward for episode in episodes]).view(len(tasks), config.group_size)
         advantages = group_advantages(rewards)

@@ -6,11 +6,46 @@ import torch
 from torch.distributed.tensor import DTensor
 
 
+class Muon(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024): Nesterov momentum whose matrix is replaced by the nearest one with equal singular values.
+
+    As torch.optim.Muon with adjust_lr_fn="match_rms_adamw" and no weight decay, but all matrices of one shape go through the
+    Newton-Schulz iteration together, in fp32: torch's does one at a time in bf16, for which most CPUs have no fast product.
+    """
+
+    def __init__(self, matrices, lr, momentum=0.95):
+        super().__init__(matrices, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            alike = {}  # (rows, columns), the larger one first -> [(parameter, update)]
+            for parameter in group["params"]:
+                average = self.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
+                average.lerp_(parameter.grad, 1 - group["momentum"])
+                update = parameter.grad.lerp(average, group["momentum"])
+                alike.setdefault(tuple(sorted(parameter.shape)), []).append((parameter, update))
+            for (rows, columns), pairs in alike.items():
+                wide = [update if update.shape[0] == rows else update.mT for _, update in pairs]
+                for (parameter, _), update in zip(pairs, orthogonalize(torch.stack(wide))):  # (rows, columns)
+                    update = update if parameter.shape[0] == rows else update.mT
+                    parameter.add_(update, alpha=-0.2 * math.sqrt(columns) * group["lr"])  # as large as AdamW's updates
+
+
+def orthogonalize(matrices, steps=5):
+    """U V^T, nearly, of each matrix U S V^T: five steps of a quintic that drives singular values to about 1. (n, rows <= columns)"""
+    x = matrices / matrices.square().sum((1, 2), keepdim=True).sqrt().clamp(min=1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT  # (n, rows, rows)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315), x, beta=3.4445)
+    return x
+
+
 def make_optimizers(policy, lr, kind):
     """Optimisers that together cover all parameters, on fp32 master weights.
 
-    'muon': torch's Muon for the matrices inside the blocks, with updates scaled to AdamW's size; AdamW for embeddings, head and
-    norms, at 0.3 of the learning rate. 'adamw': AdamW alone. No weight decay.
+    'muon': Muon for the matrices inside the blocks; AdamW for embeddings, head and norms, at 0.3 of the learning rate. 'adamw':
+    AdamW alone. No weight decay.
     """
     embeddings = {id(module.weight) for module in policy.modules() if isinstance(module, torch.nn.Embedding)}
     embeddings.add(id(policy.model.get_output_embeddings().weight))
@@ -19,7 +54,7 @@ def make_optimizers(policy, lr, kind):
     others = [p for p in policy.parameters() if id(p) not in chosen]
     optimizers = [torch.optim.AdamW(others, lr=0.3 * lr if matrices else lr, betas=(0.9, 0.95), weight_decay=0.0)]
     if matrices:
-        optimizers.append(torch.optim.Muon(matrices, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
+        optimizers.append(Muon(matrices, lr))
     return optimizers
 
 
@@ -63,12 +98,20 @@ def count_bad_steps(before, norms):
 def micro_batches(rows, max_tokens):
     """Split `rows` of (prompt ids, response ids, ...) into lists of at most `max_tokens`, padding included.
 
-    Rows of similar length go together; the longest come first, so that running out of memory shows at once.
+    Rows of similar length go together; the longest come first, so that running out of memory shows at once. Equal rows stand side
+    by side and count once, since the policy reads and scores them once.
     """
-    batches, width = [], 0
-    for row in sorted(rows, key=lambda row: -len(row[0]) - len(row[1])):
-        if not batches or width * (len(batches[-1]) + 1) > max_tokens:
+    batches, width, distinct = [], 0, 0
+    for row in sorted(rows, key=lambda row: (-len(row[0]) - len(row[1]), row[0], row[1])):
+        new = not batches or row[:2] != batches[-1][-1][:2]
+        if not batches or new and width * (distinct + 1) > max_tokens:
             batches.append([])
-            width = len(row[0]) + len(row[1])  # the longest of this batch
+            width, distinct = len(row[0]) + len(row[1]), 0  # the longest of this batch
         batches[-1].append(row)
+        distinct += new
     return batches
+
+
+def number_alike(keys):
+    """{key: its number}, equal keys counted once, in order of appearance."""
+    return {key: number for number, key in enumerate(dict.fromkeys(keys))}

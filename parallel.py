@@ -99,8 +99,10 @@ def distribute(accelerator, policy):
 
 
 def rollout_policy(accelerator, policy):
-    """The policy to sample with: `policy` itself or, if that is sharded, a whole copy, for `refresh` to keep up to date."""
-    if not sharding():
+    """The policy to sample with: `policy` itself or, if that is sharded or a pretrained one on a GPU, a whole copy in bf16, for
+    `refresh` to keep up to date: autocast would convert all weights of an fp32 one for every token.
+    """
+    if not (sharding() or policy.config.model and accelerator.device.type == "cuda"):
         return policy
     with accelerator.device:
         model = AutoModelForCausalLM.from_config(policy.model.config, dtype=rollout_dtype(accelerator))
@@ -126,10 +128,13 @@ def held_out_em(accelerator, player, tasks, config, embed):
 @torch.no_grad()
 def refresh(copy, policy):
     """Bring the weights of `policy` into rollout_policy's copy, one matrix at a time. A meeting."""
-    if copy is not policy:
+    if copy is policy:
+        return
+    if sharding():
         policy.reshard()  # a forward pass may have left embedding and head gathered
-        for own, shard in zip(copy.parameters(), policy.parameters(), strict=True):
-            own.copy_(shard.to(own.dtype).full_tensor())
+    for own, trained in zip(copy.parameters(), policy.parameters(), strict=True):
+        part = trained.to(own.dtype)
+        own.copy_(part.full_tensor() if isinstance(part, DTensor) else part)
 
 
 def whole(tensor, keep):

@@ -1,24 +1,26 @@
 """The language model as a policy: create or load it, sample responses, score tokens, save it.
 
-Letters: B rows, P longest prompt, T longest prompt + response, N response tokens of all rows, D width, V vocabulary.
+Letters: B distinct rows, T longest prompt + response, N response tokens of all rows, D width, V vocabulary.
 """
 
 import math
+import random
+from collections import deque
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from jinja2 import TemplateError
 from torch.utils.checkpoint import checkpoint
-from transformers import (AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedTokenizerFast, Qwen3Config,
-                          Qwen3ForCausalLM)
-from transformers.cache_utils import DynamicLayer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from agent import TAGS, Episode, Response, fit, instruction, observe, render, run_episodes
+import sampling
+from agent import TAGS, Episode, fit, instruction, observe, render, run_episodes
 from config import BadInput
 from endpoint import Endpoint, EndpointPolicy
 from memory import Memory
+from optim import number_alike
 from scoring import scorer
 from tasks import corpus
 
@@ -27,33 +29,6 @@ PAD, END, RESPONSE = "<pad>", "<end>", "<response>"
 TINY_TEMPLATE = "{% for message in messages if message.role == 'user' %}{{ message.content }}{% endfor %}" + RESPONSE
 MARK = "@observation@"  # stands for the observation while a chat template is applied
 LOGIT_SLICE = 2**24  # most logits in memory at once when tokens are scored
-
-
-class GrowingLayer(DynamicLayer):
-    """A layer of the cache that writes keys and values behind the old ones; DynamicLayer copies the old ones for every token."""
-
-    room = 32  # tokens between two copies
-
-    def update(self, key_states, value_states, *args, **kwargs):
-        new = key_states, value_states  # (B, heads, new tokens, head dimension) each
-        if not self.is_initialized:
-            self.lazy_initialization(*new)
-            self.buffers = [states[..., :0, :] for states in new]
-        start = self.get_seq_length()
-        end = start + key_states.shape[-2]
-        if end > self.buffers[0].shape[-2]:
-            more = end - start + self.room
-            self.buffers = [torch.cat([old[..., :start, :], states.new_empty(*states.shape[:-2], more, states.shape[-1])], -2)
-                            for old, states in zip(self.buffers, new)]
-        for buffer, states in zip(self.buffers, new):
-            buffer[..., start:end, :] = states
-        self.keys, self.values = (buffer[..., :end, :] for buffer in self.buffers)
-        return self.keys, self.values
-
-    def batch_select_indices(self, indices):
-        end = self.get_seq_length()
-        self.buffers = [buffer.index_select(0, indices) for buffer in self.buffers]
-        self.keys, self.values = (buffer[..., :end, :] for buffer in self.buffers)
 
 
 class LanguageModel(torch.nn.Module):
@@ -66,6 +41,9 @@ class LanguageModel(torch.nn.Module):
         for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):  # Gemma 2; Cohere; Granite
             if getattr(model.config, name, None) not in (None, 1.0):
                 raise BadInput(f"{tokenizer.name_or_path} transforms its logits ({name}), which the trainer does not follow")
+        kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+        if kinds:
+            raise BadInput(f"{tokenizer.name_or_path} has layers ({', '.join(sorted(kinds))}) whose state sampling.py does not keep")
         room = getattr(model.config, "max_position_embeddings", None)
         if room and config.max_prompt_tokens + config.max_response_tokens > room:
             raise BadInput(f"--max_prompt_tokens {config.max_prompt_tokens} and --max_response_tokens "
@@ -78,7 +56,7 @@ class LanguageModel(torch.nn.Module):
         ends = ends if isinstance(ends, list) else [ends]
         if tokenizer.eos_token_id is None:
             raise BadInput(f"{tokenizer.name_or_path} has no end token, without which no response could end")
-        self.end_ids = torch.tensor(sorted({tokenizer.eos_token_id, *ends}))  # a chat model often has two
+        self.end_ids = {tokenizer.eos_token_id, *ends}  # a chat model often has two
         # A checkpoint's vocabulary may be padded to a round size: ids beyond the tokenizer's are never sampled.
         self.known_ids = min(len(tokenizer), model.config.vocab_size)
 
@@ -118,91 +96,58 @@ class LanguageModel(torch.nn.Module):
 
     # --- sampling ---
 
+    def serve(self, waiting):
+        """See sampling.serve (`temperature` 0: the most probable tokens)."""
+        return sampling.serve(self, waiting)
+
     def respond(self, observations):
-        """One sampled Response for each observation (`temperature` 0: the most probable tokens)."""
-        prompts = self.encode(observations)
-        by_length = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))  # similar lengths, little padding
-        responses = [None] * len(prompts)
-        for start in range(0, len(prompts), self.config.sample_rows):
-            rows = by_length[start : start + self.config.sample_rows]
-            for row, (ids, logprobs, ended) in zip(rows, self._sample([prompts[row] for row in rows])):
-                text = self.tokenizer.decode(ids[:-1] if ended else ids)
-                responses[row] = Response(text, len(ids), prompts[row], ids, logprobs, truncated=not ended)
-        return responses
+        """One sampled Response for each observation."""
+        waiting = deque((number, observation, random.Random(random.random())) for number, observation in enumerate(observations))
+        responses = {item[0]: response for finished in self.serve(waiting) for item, response in finished}
+        return [responses[number] for number in range(len(observations))]
 
-    @torch.no_grad()
-    def _sample(self, prompts):
-        """[(ids, log-probs, whether it ended by itself)] for each prompt; the end token is the last of its ids."""
-        longest, device = max(map(len, prompts)), self.device
-        ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)  # (B, P), padded on the left
-        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
-        position = (mask.cumsum(1) - 1).clamp(min=0)
-        self.model.eval()  # recomputing layers fill no cache
-        cache, ends = DynamicCache(config=self.model.config), self.end_ids.to(device)
-        cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
-        alive = torch.arange(len(prompts), device=device)  # the prompt of each row that is still in the batch
-        drawn = [([], [], False) for _ in prompts]
-        for _ in range(self.config.max_response_tokens):
-            with self.autocast():
-                logits = self.model(input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache,
-                                    use_cache=True, logits_to_keep=1).logits[:, -1]  # (B, V)
-            logprobs = self.log_softmax(logits)
-            if not logprobs.amax(-1).isfinite().all():
-                raise SystemExit("the policy's probabilities are not finite: its weights are broken; a lower learning rate may help")
-            token = logprobs.argmax(-1) if self.temperature == 0 else torch.multinomial(logprobs.exp(), 1)[:, 0]  # (B,)
-            chosen = logprobs.gather(1, token[:, None])[:, 0]
-            ended = torch.isin(token, ends)
-            for row, id, logprob, end in zip(alive.tolist(), token.tolist(), chosen.tolist(), ended.tolist()):
-                drawn[row] = (drawn[row][0] + [id], drawn[row][1] + [logprob], end)
-            if ended.all():
-                break
-            ids, position = token[:, None], position[:, -1:] + 1
-            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-            if ended.any():  # finished rows leave the batch
-                keep = (~ended).nonzero()[:, 0]
-                cache.batch_select_indices(keep)
-                ids, position, mask, alive = ids[keep], position[keep], mask[keep], alive[keep]
-        return drawn
-
-    def log_softmax(self, logits):
-        """Log-probabilities (..., V) of the distribution that is sampled from: temperature, and no unknown ids."""
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / (self.temperature or 1.0)
-        logits[..., self.known_ids :] = -math.inf
-        return logits.log_softmax(-1)
+    def scaled(self, logits):
+        """The logits in float32 (..., V) of the distribution that is sampled from: temperature, and no unknown ids."""
+        logits = logits[..., : self.known_ids]
+        return logits.to(torch.promote_types(logits.dtype, torch.float32)) / (self.temperature or 1.0)
 
     # --- scoring ---
 
     def forward(self, rows):
         """Log-probabilities (N,) of the response tokens of `rows`, and the entropy (N,) of each one's distribution.
 
-        rows: list of (prompt ids, response ids, ...). The N tokens come row after row, in order.
+        rows: list of (prompt ids, response ids, ...). The N tokens come row after row, in order. Rows that are the same, as the
+        first turns of a group's episodes often are, go through the model once.
         """
-        length = max(len(prompt) + len(response) for prompt, response, *_ in rows)
-        ids = torch.tensor([prompt + response + [0] * (length - len(prompt) - len(response)) for prompt, response, *_ in rows])
+        distinct = number_alike((tuple(prompt), tuple(response)) for prompt, response, *_ in rows)
+        length = max(len(prompt) + len(response) for prompt, response in distinct)
+        ids = torch.tensor([[*prompt, *response, *[0] * (length - len(prompt) - len(response))] for prompt, response in distinct])  # (B, T)
         # The token at position t is predicted at t - 1. Masks come from lengths alone, never from token values.
-        where = torch.tensor([row * length + len(prompt) - 1 + t
-                              for row, (prompt, response, *_) in enumerate(rows) for t in range(len(response))],
-                             dtype=torch.long, device=self.device)
-        targets = torch.tensor([id for _, response, *_ in rows for id in response], dtype=torch.long, device=self.device)
+        where = torch.tensor([distinct[tuple(prompt), tuple(response)] * length + len(prompt) - 1 + t
+                              for prompt, response, *_ in rows for t in range(len(response))], dtype=torch.long)
+        where, which = where.unique(return_inverse=True)  # the tokens of distinct rows, and which of them each of the N is
+        targets = ids.flatten()[where + 1].to(self.device)
         for layer in self.model.modules() if self.config.recompute else ():
             if isinstance(layer, GradientCheckpointingLayer):  # looks at its own flag; the others' would switch dropout on
                 layer.training = torch.is_grad_enabled()
         # Padding stands on the right, where a causal model's real tokens never see it: no attention mask is needed.
         with self.autocast():
             hidden = self.model.get_decoder()(input_ids=ids.to(self.device), use_cache=False).last_hidden_state  # (B, T, D)
-        hidden = hidden.flatten(0, 1)[where]  # (N, D)
+        hidden = hidden.flatten(0, 1)[where.to(self.device)]  # (tokens of distinct rows, D)
         tokens = max(1, LOGIT_SLICE // self.model.config.vocab_size)
         parts = [checkpoint(self._score, h, t, use_reentrant=False) if len(hidden) > tokens else self._score(h, t)
                  for h, t in zip(hidden.split(tokens), targets.split(tokens))]
-        return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+        which = which.to(self.device)
+        return torch.cat([part[0] for part in parts])[which], torch.cat([part[1] for part in parts])[which]
 
     def _score(self, hidden, targets):
         with self.autocast():
             logits = self.model.get_output_embeddings()(hidden)
-        logprobs = self.log_softmax(logits)  # (n, V)
+        logits = self.scaled(logits)  # (n, V)
+        total = logits.logsumexp(-1)  # (n,)
         with torch.no_grad():
-            entropy = -torch.xlogy(logprobs.exp(), logprobs.exp()).sum(-1)
-        return logprobs.gather(1, targets[:, None])[:, 0], entropy
+            entropy = total - ((logits - total[:, None]).exp() * logits).sum(-1)
+        return logits.gather(1, targets[:, None])[:, 0] - total, entropy
 
     # --- files ---
 

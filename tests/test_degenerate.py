@@ -92,7 +92,7 @@ def test_a_policy_that_never_stops_or_always_does(tiny, tmp_path, monkeypatch, e
 
     def with_ends(self, *arguments):
         init(self, *arguments)
-        self.end_ids = torch.arange(self.known_ids if ends else 0)  # any token ends a response, or none
+        self.end_ids = set(range(self.known_ids if ends else 0))  # any token ends a response, or none
 
     monkeypatch.setattr(LanguageModel, "__init__", with_ends)
     [line], moved = run_grpo(monkeypatch, tiny, tmp_path)

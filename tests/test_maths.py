@@ -94,7 +94,7 @@ def test_the_expected_gradient_is_that_of_the_expected_reward(tiny):
     torch.manual_seed(0)
     actions, group, prompt = 12, 8, [5, 6, 7]
     policy = shaken(tiny, 3)
-    policy.known_ids, policy.end_ids, policy.temperature = actions, torch.arange(actions), 1.3  # every response is one token
+    policy.known_ids, policy.end_ids, policy.temperature = actions, set(range(actions)), 1.3  # every response is one token
     reward = torch.rand(actions)
     config = Config(max_grad_norm=1e9, micro_batch_tokens=10**5)
 
@@ -104,9 +104,11 @@ def test_the_expected_gradient_is_that_of_the_expected_reward(tiny):
     exact.backward()
     expected = torch.cat([p.grad.flatten() for p in policy.parameters()])
 
-    drawn = policy._sample([prompt] * 1500 * group)
-    advantages = grpo.group_advantages(reward[[ids[0] for ids, _, _ in drawn]].view(-1, group)).flatten().tolist()
-    rows = [(prompt, ids, logprobs, advantage) for (ids, logprobs, _), advantage in zip(drawn, advantages)]
+    random.seed(0)
+    policy.encode = lambda observations: [prompt] * len(observations)
+    drawn = policy.respond([None] * 1500 * group)
+    advantages = grpo.group_advantages(reward[[response.ids[0] for response in drawn]].view(-1, group)).flatten().tolist()
+    rows = [(prompt, response.ids, response.logprobs, advantage) for response, advantage in zip(drawn, advantages)]
     metrics, found = gradients(policy, rows, len(rows), config)
     found = -torch.cat([found[name].flatten() for name, _ in policy.named_parameters()])
     assert torch.cosine_similarity(found, expected, dim=0) > 0.99

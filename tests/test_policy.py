@@ -11,7 +11,7 @@ from agent import TAGS, Observation, render, run_episodes
 from config import Config
 from memory import Entry, HashedEmbedder
 from optim import make_optimizers, micro_batches
-from policy import GrowingLayer, LanguageModel, create_tiny, evaluate, open_policy, train_tokenizer
+from policy import LanguageModel, create_tiny, evaluate, open_policy, train_tokenizer
 from scoring import exact_match
 from tasks import town_task
 
@@ -22,22 +22,25 @@ def observations(number):
             for i, t in enumerate(tasks)]
 
 
-def qwen3(tokenizer, config, vocab_size):
-    """A random-weight Qwen3 whose vocabulary is larger than its tokenizer's, as the published checkpoints' are."""
+def qwen3(tokenizer, config, vocab_size, window=None):
+    """A random-weight Qwen3 whose vocabulary may be larger than its tokenizer's, as the published checkpoints' are.
+
+    window: what its second layer sees of the past, in tokens; None for all.
+    """
     torch.manual_seed(0)
     model = Qwen3ForCausalLM(Qwen3Config(vocab_size=vocab_size, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
                                          num_key_value_heads=1, head_dim=16, intermediate_size=64, initializer_range=0.3,
-                                         eos_token_id=tokenizer.eos_token_id, bos_token_id=None))
+                                         eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
+                                         use_sliding_window=bool(window), sliding_window=window, max_window_layers=1))
     return LanguageModel(model, tokenizer, config)
 
 
-@pytest.mark.parametrize("temperature", [0.7, 1.0, 1.3])
-@pytest.mark.parametrize("padding", [0, 13])
-def test_the_trainer_scores_the_distribution_that_was_sampled(tiny, temperature, padding):
-    """Bug: temperature, padded vocabulary or padding differ between sampling and scoring (rules 1, 4 and 11)."""
+@pytest.mark.parametrize("temperature, padding, window", [(0.7, 0, None), (1.0, 13, None), (1.3, 0, 6)])
+def test_the_trainer_scores_the_distribution_that_was_sampled(tiny, temperature, padding, window):
+    """Bug: temperature, padded vocabulary, padding or sliding windows differ between sampling and scoring (rules 1, 4 and 11)."""
     config = Config(temperature=temperature, sample_rows=5)
-    policy = qwen3(tiny.tokenizer, config, len(tiny.tokenizer) + padding)
-    policy.end_ids = torch.arange(20)  # so that some responses end early
+    policy = qwen3(tiny.tokenizer, config, len(tiny.tokenizer) + padding, window)
+    policy.end_ids = set(range(20))  # so that some responses end early
     responses = policy.respond(observations(12))
     rows = [(r.prompt_ids, r.ids) for r in responses]
     assert len({len(prompt) for prompt, _ in rows}) > 1 and len({len(ids) for _, ids in rows}) > 1
@@ -54,6 +57,25 @@ def test_scores_do_not_depend_on_the_batch(tiny):
     together = tiny(rows)[0].split([len(ids) for _, ids in rows])
     for row, part in zip(rows, together):
         assert torch.allclose(tiny([row])[0], part, atol=1e-5)
+
+
+def test_equal_rows_are_scored_once(tiny):
+    """Bug: a row that occurs twice costs twice, or its gradient, its place or its tokens are lost where it is left out."""
+    rows = [([5, 6, 7], [8, 9, 1]), ([5], [9]), ([5, 6, 7], [8, 9, 2]), ([5, 6, 7], [8, 9, 1]), ([5], [9]), ([5, 6], [7, 8, 9, 1])]
+    weights, seen = torch.linspace(-1, 2, sum(len(ids) for _, ids in rows)), []
+    handle = tiny.model.get_input_embeddings().register_forward_hook(lambda module, args, out: seen.append(len(args[0])))
+
+    def gradient(scores):
+        tiny.zero_grad()
+        (scores * weights).sum().backward()
+        return torch.cat([p.grad.flatten() for p in tiny.parameters()])
+
+    alone, entropy = (torch.cat(parts) for parts in zip(*(tiny([row]) for row in rows)))
+    expected, together = gradient(alone), tiny(rows)
+    assert torch.allclose(together[0], alone, atol=1e-5) and torch.allclose(together[1], entropy, atol=1e-5)
+    assert torch.allclose(gradient(together[0]), expected, atol=1e-4)
+    assert seen == [1] * 6 + [4]
+    handle.remove()
 
 
 def test_scores_equal_a_plain_forward(tiny):
@@ -115,22 +137,6 @@ def test_an_ablated_operation_is_not_in_the_evaluation_prompt(tiny):
         [episode] = evaluate(tiny, [town_task(0, "test", now)], now, embed)
         assert all((tag in turn.response.prompt_ids) == there for turn in episode.turns)
     assert tiny.config.disable == []
-
-
-def test_the_growing_cache_holds_what_a_copying_one_does():
-    """Bug: a key is written over another, spare room is attended to, or a row that leaves takes another's keys along."""
-    rng, growing, copying = torch.Generator().manual_seed(0), GrowingLayer(), DynamicLayer()
-    rows = 5
-    for tokens in (7, *[1] * 40, 3, *[1] * 40):
-        new = torch.randn(2, rows, 2, tokens, 4, generator=rng)
-        for ours, theirs in zip(growing.update(*new), copying.update(*new)):
-            assert torch.equal(ours, theirs)
-        assert growing.get_seq_length() == copying.get_seq_length() and growing.get_mask_sizes(1) == copying.get_mask_sizes(1)
-        if tokens == 1 and rows > 2 and torch.rand(1, generator=rng) < 0.1:
-            keep = torch.randperm(rows, generator=rng)[: rows - 1].sort().values
-            growing.batch_select_indices(keep), copying.batch_select_indices(keep)
-            rows -= 1
-    assert rows == 2
 
 
 def test_text_is_never_more_than_text(tiny):
@@ -233,6 +239,9 @@ def test_models_that_cannot_be_trained_right_are_refused(tiny):
     tiny.model.config.final_logit_softcapping = 30.0
     with pytest.raises(SystemExit, match="final_logit_softcapping"):
         LanguageModel(tiny.model, tiny.tokenizer, Config())
+    tiny.model.config.final_logit_softcapping, tiny.model.config.layer_types = None, ["full_attention", "linear_attention"]
+    with pytest.raises(SystemExit, match="linear_attention"):
+        LanguageModel(tiny.model, tiny.tokenizer, Config())
     tiny.tokenizer.chat_template = "{{ raise_exception('no system role') }}"
     with pytest.raises(SystemExit, match="refuses the prompt: no system role"):
         tiny.encode(observations(1))
@@ -247,10 +256,12 @@ def test_every_parameter_has_one_optimiser(tiny, kind):
 
 def test_micro_batches_keep_to_the_budget():
     """Bug: rows lost or doubled by the batching, or more padded tokens than allowed."""
-    rows = [([0] * (7 * n % 50), [0] * (n % 9 + 1), n) for n in range(200)]
-    batches = list(micro_batches(rows, 128))
-    assert sorted(row[2] for batch in batches for row in batch) == list(range(200))
-    assert all(max(len(r[0]) + len(r[1]) for r in batch) * len(batch) <= 128 for batch in batches)
+    rows = [([0] * (7 * n % 50), [0] * (n % 9 + 1), n) for n in range(300)] + [([1] * 60, [2], n) for n in range(300, 400)]
+    batches = micro_batches(rows, 128)
+    assert sorted(row[2] for batch in batches for row in batch) == list(range(400))
+    distinct = [{(tuple(prompt), tuple(response)) for prompt, response, _ in batch} for batch in batches]
+    assert all(max(len(prompt) + len(response) for prompt, response in rows) * len(rows) <= 128 for rows in distinct)
+    assert len(batches[0]) >= 100  # equal rows cost no more than one
 
 
 def test_recomputing_layers_changes_nothing(tiny):

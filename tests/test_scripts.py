@@ -151,8 +151,14 @@ def test_the_released_checkpoint(call, tmp_path, monkeypatch):
     policy = create_tiny(tokenizer, Config(max_prompt_tokens=4000, max_response_tokens=100, hidden_size=32, layers=1, heads=1))
     tokenizer.chat_template = QWEN3_TEMPLATE
     policy.save("AtomMem")
-    prompts, sample = [], LanguageModel._sample
-    monkeypatch.setattr(LanguageModel, "_sample", lambda self, batch: prompts.extend(map(self.tokenizer.decode, batch)) or sample(self, batch))
+    prompts, frame = [], LanguageModel.frame
+
+    def framed(self, texts):
+        rows = frame(self, texts)
+        prompts.extend(map(self.tokenizer.decode, rows))
+        return rows
+
+    monkeypatch.setattr(LanguageModel, "frame", framed)
     settings = ["--documents", 12, "--max_prompt_tokens", 4000, "--max_response_tokens", 20, "--eval_tasks", 1, "--cpu"]
     out = call("evaluate.py", "--model", "AtomMem", "--dialect", "released", *QA, *settings)
     assert "AtomMem 12 documents" in out
