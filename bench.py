@@ -1,7 +1,8 @@
 """What things cost, each beside another way to do the same, in one run: ratios of times, with their spread over repeats.
 
-    python bench.py                  all parts, some minutes on two CPU cores
-    python bench.py store rollouts   some of them
+    python bench.py                  all parts but the last, some minutes on two CPU cores
+    python bench.py store rollouts   some of them: store, rollouts, update, length
+    python bench.py gpu              on a GPU, under ten minutes; on a CPU a trial with tiny sizes
 
 Peers are installed for this alone: pip install trl datasets langchain-community faiss-cpu. One that is missing is left out, and said so.
 A ratio is the peer's time divided by ours, so above 1 ours is faster: the median over the repeats, and the smallest and largest. The two
@@ -9,6 +10,7 @@ take turns, so that a machine that is busy for a while slows down both.
 """
 
 import copy
+import json
 import random
 import subprocess
 import sys
@@ -22,12 +24,15 @@ from accelerate import Accelerator
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import grpo
-from config import BadInput, Config
-from demonstrations import demonstrate
+import sft
+from agent import Observation, Response, run_episodes
+from config import PRESETS, BadInput, Config
 from memory import HashedEmbedder, Memory
 from optim import make_optimizers
 from policy import LanguageModel, open_policy, train_tokenizer
+from scoring import exact_match
 from tasks import corpus, load_tasks
+from town import NAMES
 
 
 def against(name, ours, peers, repeats=5):
@@ -124,143 +129,278 @@ def shared_faiss(vectors, news):
 # --- rollouts ------------------------------------------------------------------------------------------------------
 
 
-def town_policy():
-    """(the town's tiny policy with random weights, the observations of 64 demonstrated episodes' fourth turns)."""
-    config = Config(cpu=not torch.cuda.is_available())
-    device = torch.device("cpu" if config.cpu else "cuda")
-    policy = open_policy("", config).to(device)
-    stream = load_tasks(config, "train", policy.count)
-    episodes = demonstrate([stream(index) for index in range(64)], config, HashedEmbedder(), policy.count, quiet=True)
-    return policy, [turn.observation for episode in episodes for turn in episode.turns[3:4]]
+class Generate:
+    """The policy played by transformers' generate with left padding: what TRL's trainers call where there is no vLLM. All side by side
+    in one batch, of which each waits for the longest; or with batch=1 one after the other.
+    """
+
+    def __init__(self, policy, batch=None):
+        self.policy, self.batch, self.config = policy, batch, policy.config
+
+    def respond(self, observations):
+        prompts, responses = self.policy.encode(observations), []
+        for start in range(0, len(prompts), self.batch or len(prompts)):
+            part = prompts[start : start + (self.batch or len(prompts))]
+            longest = max(map(len, part))
+            ids, mask = (torch.tensor(rows, device=self.policy.device) for rows in (
+                [[0] * (longest - len(p)) + p for p in part], [[0] * (longest - len(p)) + [1] * len(p) for p in part]))
+            new = self.policy.model.generate(
+                input_ids=ids, attention_mask=mask, max_new_tokens=self.config.max_response_tokens, do_sample=True, temperature=1.0, top_k=0,
+                eos_token_id=sorted(self.policy.end_ids), pad_token_id=self.policy.tokenizer.pad_token_id)[:, longest:].tolist()
+            for row in new:
+                length = next((n for n, id in enumerate(row, start=1) if id in self.policy.end_ids), len(row))
+                responses.append(Response(self.policy.tokenizer.decode(row[:length]), length))
+        return responses
 
 
 def rollouts():
-    """One wave of responses, all of 20 tokens in every way to sample."""
-    policy, observations = town_policy()
-    policy.end_ids = torch.tensor([-1])  # no token ends a response, as min_new_tokens has it for the peers
-    new = policy.config.max_response_tokens
-    settings = dict(max_new_tokens=new, min_new_tokens=new, do_sample=True, temperature=1.0, top_k=0, pad_token_id=policy.tokenizer.pad_token_id)
+    """Whole episodes of the town, by a policy with random weights whose responses are as long as a trained one's, about 7 tokens."""
+    config = Config(cpu=not torch.cuda.is_available())
+    policy = open_policy("", config).to("cpu" if config.cpu else "cuda")
+    policy.end_ids = set(range(0, policy.known_ids, 7))
+    stream, embed = load_tasks(config, "train", policy.count), HashedEmbedder()
 
-    def generate(prompts):
-        """transformers' generate with left padding: what TRL's trainers call where there is no vLLM."""
-        longest = max(map(len, prompts))
-        ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=policy.device)
-        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=policy.device)
-        policy.model.generate(input_ids=ids, attention_mask=mask, **settings)
+    def play(player, episodes, group=8):
+        return run_episodes([stream(number // group) for number in range(episodes)], player, config, embed, exact_match)
 
-    def one_at_a_time():
-        for prompt in policy.encode(observations):
-            generate([prompt])
-
-    against(f"rollouts: a wave of {len(observations)} responses of {new} tokens", lambda: policy.respond(observations), {
-        "generate, one response at a time": one_at_a_time,
-        "generate, all in one batch (TRL's way without vLLM)": lambda: generate(policy.encode(observations))}, repeats=3)
-    print("\nrollouts: tokens per second against responses side by side")
+    against("rollouts: 8 tasks, 8 episodes each", lambda: play(policy, 64), {
+        "generate, one response at a time": lambda: play(Generate(policy, 1), 64),
+        "generate, all in one batch (TRL's way without vLLM)": lambda: play(Generate(policy), 64)}, repeats=3)
+    print("\nrollouts: turns and sampled tokens per second against episodes side by side, each of its own task")
     for width in (1, 8, 16, 32, 64, 128, 256):
-        wave = (observations * 4)[:width]
-        seconds = []
-        for _ in range(3):
+        rates = []
+        for _ in range(4):
             started = time.perf_counter()
-            policy.respond(wave)
-            seconds.append(time.perf_counter() - started)
-        print(f"    {width:4d} {new * width / np.median(seconds):10.0f}")
+            turns = [turn for episode in play(policy, width, 1) for turn in episode.turns]
+            seconds = time.perf_counter() - started
+            rates.append((len(turns) / seconds, sum(turn.response.tokens for turn in turns) / seconds))
+        print("    {:4d} {:8.0f} {:8.0f}".format(width, *np.median(rates[1:], axis=0)))
 
 
-# --- the GRPO step -------------------------------------------------------------------------------------------------
+def length():
+    """What an episode costs against the number of its documents, with a tiny policy that has random weights, on made-up texts."""
+    rng, cpu = random.Random(0), not torch.cuda.is_available()
+    words = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(2, 9))) for _ in range(300)]
+
+    def paragraph():
+        return [" ".join(rng.choices(words, k=25)) + "." for _ in range(4)]
+
+    with tempfile.TemporaryDirectory() as folder:
+        file, costs, counts = Path(folder) / "made.json", [], (200, 400, 800, 1600)
+        file.write_text(json.dumps([{"question": f"What is {n}?", "answer": "it", "supporting_facts": [[f"{n} 0", 0]],
+                                     "context": [[f"{n} {k}", paragraph()] for k in range(10)]} for n in range(250)]))
+        for count in counts:
+            config = Config(**PRESETS["qa"] | dict(task="hotpotqa", data=str(file), documents=count, questions=2, max_response_tokens=64, cpu=cpu))
+            policy = open_policy("", config).to("cpu" if cpu else "cuda")
+            policy.end_ids = set(range(0, policy.known_ids, 7))  # short responses
+            task = load_tasks(config, "test", policy.count)(0)
+            started = time.perf_counter()
+            [episode] = run_episodes([task], policy, config, HashedEmbedder(), exact_match)
+            seconds, read = time.perf_counter() - started, [len(turn.response.prompt_ids) for turn in episode.turns]
+            costs.append([len(read), sum(read) + sum(turn.response.tokens for turn in episode.turns), seconds, max(read)])
+    print("\nlength: per episode, against documents\n    documents    turns   tokens  seconds  longest prompt")
+    for count, cost in zip(counts, costs):
+        print("    {:9d} {:8.1f} {:8.0f} {:8.2f} {:15d}".format(count, *cost))
+    for name, values in zip(("turns", "tokens", "seconds"), np.array(costs).T):
+        slope = np.polyfit(counts, values, 1)[0]
+        print(f"    {name}: {slope:.3g} per document; correlation {np.corrcoef(counts, values)[0, 1]:.5f}")
 
 
-def grpo_steps():
-    """{label: a function that takes one optimiser step, AdamW, on the same 16 rows}: ours, and TRL's GRPOTrainer where it is installed.
+# --- the optimiser step --------------------------------------------------------------------------------------------
 
-    A random-weight Qwen3 with the vocabulary of the real ones, 151,936, and rows of 64 to 512 + 8 to 128 tokens, as reading turns are.
-    Micro-batches: ours by --micro_batch_tokens 4096, TRL's of 8 rows.
+
+def made_policy(config, **shape):
+    """(random-weight Qwen3 of that shape, a policy of a copy of it): the vocabulary has the size of the real one, 151,936 words."""
+    tokenizer = train_tokenizer(corpus(Config()), Config(), word_level=True)
+    device = torch.device("cpu" if config.cpu else "cuda")
+    torch.manual_seed(0)
+    with device:
+        model = Qwen3ForCausalLM(Qwen3Config(**{"vocab_size": 151_936, "eos_token_id": tokenizer.eos_token_id, "head_dim": 64} | shape))
+    return model, LanguageModel(copy.deepcopy(model), tokenizer, config)
+
+
+def made_rows(count, prompt, response, rng):
+    """Rows of random tokens, whose prompts and responses have between prompt[0] and prompt[1], response[0] and response[1] of them."""
+    rows = []
+    for _ in range(count):
+        ids = [[rng.randrange(5, 100) for _ in range(rng.randint(*size))] for size in (prompt, response)]
+        rows.append((*ids, [-5.0] * len(ids[1]), rng.choice((-0.5, 0.5))))
+    return rows
+
+
+def steps(kind):
+    """{label: a function that takes one optimiser step, AdamW, on the same 16 rows}: ours, and TRL's where it is installed.
+
+    kind: "grpo" or "sft". Rows of 64 to 512 + 8 to 128 tokens, as reading turns are. Micro-batches: ours by --micro_batch_tokens
+    4096, TRL's of 8 rows.
     """
     config = Config(cpu=not torch.cuda.is_available(), micro_batch_tokens=4096, optimizer="adamw", max_prompt_tokens=600, max_response_tokens=128)
-    device, rng = torch.device("cpu" if config.cpu else "cuda"), random.Random(0)
-    tokenizer = train_tokenizer(corpus(config), config, word_level=True)
-    torch.manual_seed(0)
-    model = Qwen3ForCausalLM(Qwen3Config(vocab_size=151_936, hidden_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4,
-                                         head_dim=64, intermediate_size=256, eos_token_id=tokenizer.eos_token_id)).to(device)
-    rows = []
-    for _ in range(16):
-        prompt, response = ([rng.randrange(5, 100) for _ in range(rng.randint(*size))] for size in ((64, 512), (8, 128)))
-        rows.append((prompt, response, [-5.0] * len(response), rng.choice((-0.5, 0.5))))
-    policy = LanguageModel(copy.deepcopy(model), tokenizer, config)
-    optimizers, accelerator = make_optimizers(policy, 1e-6, "adamw"), Accelerator(cpu=config.cpu)
+    model, policy = made_policy(config, hidden_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4, intermediate_size=256)
+    rows = made_rows(16, (64, 512), (8, 128), random.Random(0))
+    return {"ours": our_step(policy, rows, kind)} | trl_steps(model, policy.tokenizer, rows, kind, config)
+
+
+def our_step(policy, rows, kind):
+    config, optimizers, accelerator = policy.config, make_optimizers(policy, 1e-6, "adamw"), Accelerator(cpu=policy.config.cpu)
     tokens = sum(len(row[1]) for row in rows)
-    steps = {"ours": lambda: grpo.update(policy, None, rows, tokens, optimizers, accelerator, config)}
+    if kind == "sft":
+        return lambda: sft.update(policy, rows, tokens, optimizers, accelerator, config)
+    return lambda: grpo.update(policy, None, rows, tokens, optimizers, accelerator, config)
+
+
+def trl_steps(model, tokenizer, rows, kind, config):
+    """{label: one step of TRL's trainer on the rows, from the point where they have been sampled: its loss, in its padding}, if it is there."""
     try:
-        steps["TRL's GRPOTrainer"] = trl_step(model, tokenizer, rows, config.cpu)
+        from datasets import Dataset
+        from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
     except ImportError as error:
         print(f"left out: TRL: {error}")
-    return steps
-
-
-def trl_step(model, tokenizer, rows, cpu):
-    """One step of TRL's GRPOTrainer on the rows, from the point where they have been sampled: its loss, in its padding."""
-    from datasets import Dataset
-    from trl import GRPOConfig, GRPOTrainer
-
-    settings = GRPOConfig(output_dir=tempfile.mkdtemp(), per_device_train_batch_size=8, num_generations=8, gradient_accumulation_steps=2, beta=0.0,
-                          loss_type="dapo", max_completion_length=128, report_to="none", use_cpu=cpu, bf16=not cpu, gradient_checkpointing=False)
-    trainer = GRPOTrainer(model=model, reward_funcs=lambda **_: [0.0], args=settings, processing_class=tokenizer,
-                          train_dataset=Dataset.from_dict({"prompt": ["x"] * 8}))
+        return {}
+    common = dict(output_dir=tempfile.mkdtemp(), per_device_train_batch_size=8, gradient_accumulation_steps=2, report_to="none",
+                  use_cpu=config.cpu, bf16=not config.cpu, gradient_checkpointing=config.recompute)
+    if kind == "sft":
+        name, trainer = "TRL's SFTTrainer", SFTTrainer(
+            model=model, args=SFTConfig(**common), processing_class=tokenizer, train_dataset=Dataset.from_dict({"prompt": ["Anna"] * 8, "completion": ["Rome"] * 8}))
+    else:
+        settings = GRPOConfig(**common, num_generations=8, beta=0.0, loss_type="dapo", max_completion_length=max(len(row[1]) for row in rows))
+        name, trainer = "TRL's GRPOTrainer", GRPOTrainer(
+            model=model, reward_funcs=lambda **_: [0.0], args=settings, processing_class=tokenizer, train_dataset=Dataset.from_dict({"prompt": ["x"] * 8}))
     optimizer, device = torch.optim.AdamW(trainer.model.parameters(), lr=1e-6, betas=(0.9, 0.95), weight_decay=0.0), trainer.model.device
     trainer.current_gradient_accumulation_steps = 2
-    (left, right), count = (max(len(row[side]) for row in rows) for side in (0, 1)), sum(len(row[1]) for row in rows)
-    batches = []
+    left, right, whole = (max(map(len, side)) for side in ([p for p, *_ in rows], [r for _, r, *_ in rows], [p + r for p, r, *_ in rows]))
+    count, batches = sum(len(row[1]) for row in rows), []
     for start in range(0, len(rows), 8):
         part = rows[start : start + 8]
-        batches.append({name: torch.tensor(values, device=device) for name, values in {
+        batches.append({name: torch.tensor(values, device=device) for name, values in ({
+            "input_ids": [p + r + [0] * (whole - len(p + r)) for p, r, *_ in part],
+            "attention_mask": [[1] * len(p + r) + [0] * (whole - len(p + r)) for p, r, *_ in part],
+            "labels": [[-100] * len(p) + r + [-100] * (whole - len(p + r)) for p, r, *_ in part]} if kind == "sft" else {
             "prompt_ids": [[0] * (left - len(p)) + p for p, *_ in part], "prompt_mask": [[0] * (left - len(p)) + [1] * len(p) for p, *_ in part],
             "completion_ids": [r + [0] * (right - len(r)) for _, r, *_ in part], "completion_mask": [[1] * len(r) + [0] * (right - len(r)) for _, r, *_ in part],
-            "advantages": [row[3] for row in part], "num_items_in_batch": count}.items()})
+            "advantages": [row[3] for row in part], "num_items_in_batch": count}).items()})
 
     def step():
         for batch in batches:
             with trainer.compute_loss_context_manager():
-                loss = trainer.compute_loss(trainer.model, batch)
+                loss = trainer.compute_loss(trainer.model, batch, **({"num_items_in_batch": torch.tensor(count, device=device)} if kind == "sft" else {}))
             loss.backward()
         torch.nn.utils.clip_grad_norm_(trainer.model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
 
-    return step
+    return {name: step}
 
 
 def update():
     """The time of one optimiser step, and the memory that it takes."""
-    steps = grpo_steps()
-    against("GRPO: one optimiser step on 16 rows, 151,936 words", steps.pop("ours"), steps, repeats=3)
-    peaks = {label: float(subprocess.run([sys.executable, __file__, "--peak", label], capture_output=True, text=True, check=True).stdout.split()[-1])
-             for label in ("ours", *steps)}
-    for label, most in peaks.items():
-        print(f"    peak memory of {label:43} {most:8.2f} GB, of which ours takes {peaks['ours'] / most:.2f}")
+    for kind in ("grpo", "sft"):
+        peers = steps(kind)
+        against(f"{kind.upper()}: one optimiser step on 16 rows, 151,936 words", peers.pop("ours"), peers, repeats=3)
+        peaks = {label: float(subprocess.run([sys.executable, __file__, "--peak", kind, label], capture_output=True, text=True, check=True).stdout.split()[-1])
+                 for label in ("ours", *peers)}
+        for label, most in peaks.items():
+            print(f"    peak memory of {label:43} {most:8.2f} GB, of which ours takes {peaks['ours'] / most:.2f}")
 
 
-def peak(label):
-    """Print the memory, in GB, that two of grpo_steps' steps take at most above what is there before them. For a process of its own."""
-    steps = grpo_steps()
+def peak(kind, label):
+    """Print the memory, in GB, that two of the steps take at most above what is there before them. For a process of its own."""
+    step = steps(kind)[label]
     if torch.cuda.is_available():
         before = torch.cuda.memory_allocated()
-        steps[label](), steps[label]()
+        step(), step()
         print((torch.cuda.max_memory_allocated() - before) / 1e9)
     else:
         def read(name):
             return int(Path("/proc/self/status").read_text().split(name + ":")[1].split()[0]) / 1e6
 
         before = read("VmRSS")
-        steps[label](), steps[label]()
+        step(), step()
         print(read("VmHWM") - before)
 
 
-PARTS = {"store": store, "rollouts": rollouts, "update": update}
+# --- a GPU ---------------------------------------------------------------------------------------------------------
+
+PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # bf16 products without sparsity, per second
+SHAPES = {  # Qwen3's
+    "Qwen3-0.6B": dict(hidden_size=1024, num_hidden_layers=28, num_attention_heads=16, num_key_value_heads=8, head_dim=128, intermediate_size=3072),
+    "Qwen3-1.7B": dict(hidden_size=2048, num_hidden_layers=28, num_attention_heads=16, num_key_value_heads=8, head_dim=128, intermediate_size=6144)}
+
+
+def model_flops(model, rows):
+    """Floating-point operations of one training step on rows of (prompt, response), as the model needs them, recomputation left out:
+
+        sum over rows of  6 W T  +  6 V D R  +  6 L A T^2
+
+    W the weights of the L layers, T the tokens of a row, R those of its response, V the vocabulary, D the width, A heads times head
+    dimension: twice for each product (a multiplication and an addition), three times for forward and backward. Attention is causal, so
+    that its 12 L A T^2 are halved. Model-FLOPs utilisation (MFU) is this, divided by the time and by what the GPU can do.
+    """
+    config = model.config
+    weights = sum(p.numel() for p in model.model.layers.parameters())
+    return sum(6 * weights * (len(p) + len(r)) + 6 * config.vocab_size * config.hidden_size * len(r)
+               + 6 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * (len(p) + len(r)) ** 2 for p, r, *_ in rows)
+
+
+def gpu():
+    """On a GPU, under ten minutes: the default run end to end, then Qwen3-0.6B and 1.7B with random weights at the paper's shapes. On a
+    CPU the same with tiny sizes, to see that it works.
+    """
+    cpu = not torch.cuda.is_available()
+    small = "--sft_tasks 40 --sft_steps 4 --grpo_steps 2 --eval_tasks 8 --overwrite".split() if cpu else []
+    with tempfile.TemporaryDirectory() as folder:
+        for script in ("sft.py", "grpo.py"):
+            started = time.perf_counter()
+            subprocess.run([sys.executable, str(Path(__file__).parent / script), *small], cwd=folder, check=True, stdout=subprocess.DEVNULL,
+                           stderr=subprocess.DEVNULL)
+            last = json.loads((Path(folder) / f"runs/town/{script[:-3]}/metrics.jsonl").read_text().splitlines()[-1])
+            print(f"\ngpu: {script}: {time.perf_counter() - started:.0f} s, held-out EM {last['held_out_em']:.3f}")
+    shapes = {"a tiny Qwen3": dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, intermediate_size=128)} if cpu else SHAPES
+    for name, shape in shapes.items():
+        one_size(name, shape, cpu)
+
+
+def one_size(name, shape, cpu):
+    """Rollout, embedding and update of one model: 32 reading turns with chunks of 4096 tokens and responses of 256."""
+    turns, chunk, response = (4, 200, 8) if cpu else (32, 4096, 256)
+    config = Config(cpu=cpu, chunk_tokens=chunk, max_prompt_tokens=chunk + 1024, max_response_tokens=response, sample_rows=turns, optimizer="adamw",
+                    micro_batch_tokens=2 * chunk, recompute=True)
+    model, policy = made_policy(config, **shape, max_position_embeddings=2 * chunk + 2048)
+    player, rng = LanguageModel(copy.deepcopy(model).to(torch.float32 if cpu else torch.bfloat16), policy.tokenizer, config), random.Random(0)
+    player.end_ids, texts = set(), [" ".join(rng.choices(list(NAMES), k=chunk)) for _ in range(turns)]
+    observations = [Observation(("Where does Anna live?",), "", "", [], chunk=text) for text in texts]
+    player.respond(observations[:2])  # warms up
+    seconds, responses = timed(lambda: player.respond(observations), cpu)
+    rows = [(one.prompt_ids, one.ids, one.logprobs, rng.choice((-0.5, 0.5))) for one in responses]
+    rolled, sampled = seconds, sum(len(row[1]) for row in rows)
+    embedded, _ = timed(lambda: HashedEmbedder()([text[:200] for text in texts]), cpu)
+    step = our_step(policy, rows, "grpo")
+    step()
+    seconds, metrics = timed(step, cpu)
+    share = model_flops(policy.model, rows) / seconds / next((most for key, most in PEAKS.items() if not cpu and key in torch.cuda.get_device_name()), float("nan"))
+    print(f"\ngpu: {name}, {turns} turns: rollout {rolled:.2f} s ({sampled / rolled:.0f} sampled tokens/s), embed {embedded:.4f} s, update {seconds:.2f} s "
+          f"({sum(len(row[0]) + len(row[1]) for row in rows) / seconds:.0f} tokens/s, MFU {share:.1%}), gap {metrics['gap']:.2g}"
+          + ("" if cpu else f", peak {torch.cuda.max_memory_allocated() / 1e9:.1f} GB"))
+    for label, peer in trl_steps(model, policy.tokenizer, rows, "grpo", config).items():
+        peer()
+        print(f"    {label}: update {timed(peer, cpu)[0]:.2f} s")
+
+
+def timed(work, cpu):
+    """(seconds, what `work` returns)."""
+    started = time.perf_counter()
+    result = work()
+    if not cpu:
+        torch.cuda.synchronize()
+    return time.perf_counter() - started, result
+
+
+PARTS = {"store": store, "rollouts": rollouts, "update": update, "length": length, "gpu": gpu}
 
 
 def main():
     if sys.argv[1:2] == ["--peak"]:
-        return peak(sys.argv[2])
-    names = sys.argv[1:] or list(PARTS)
+        return peak(*sys.argv[2:])
+    names = sys.argv[1:] or [name for name in PARTS if name != "gpu"]
     if unknown := [name for name in names if name not in PARTS]:
         raise BadInput(f"bench.py: there is no part {unknown[0]!r}; there are: {', '.join(PARTS)}")
     for name in names:

@@ -6,6 +6,7 @@
     python evaluate.py --sweep top_k=3,6,12 chunk_tokens=2048,4096 ...      every combination (Table 3)
     python evaluate.py --runs runs/a/grpo runs/b/grpo             any run folders side by side, under one name's settings
     python evaluate.py --trace 2                   two episodes, turn by turn
+    python evaluate.py --html page.html            episodes to click through, SFT beside GRPO, as a page that needs nothing else
     python evaluate.py --curves runs/*/grpo/metrics.jsonl         the learning curves as curves.png
     python evaluate.py --task hotpotqa --data hotpot_dev.json --documents 200
     python evaluate.py --gold ...                  the demonstrator in the model's place: what a workflow can reach
@@ -28,16 +29,16 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from tqdm import tqdm
 
-from agent import TAGS, Response, parse
+from agent import Response, parse
 from ask import answer_questions
-from config import OPERATIONS, BadInput, Config, check_one_process, load_settings, parse_args
+from config import OPERATIONS, BadInput, Config, check_new_file, check_one_process, load_settings, parse_args
 from demonstrations import Demonstrator, GoldDemonstrator, TownDemonstrator
 from endpoint import Endpoint
 from memory import load_embedder
 from policy import evaluate, evaluating, open_player
 from run import trained_model, unfinished
 from scoring import Judge, exact_match, f1, released_match, summarize, tally
-from show import draw_curves, trace
+from show import draw_curves, table, trace, write_page
 from tasks import held_out_tasks
 
 # --- what is compared: the agent, ablations of it, and other workflows ------------------------------------------------
@@ -133,22 +134,6 @@ def compare(before, after):
     lost = [right_answers(one) - right_answers(other) for one, other in zip(before, after, strict=True)]
     low, high = bootstrap(lost, counts)
     return {"lost": 100 * sum(lost) / sum(counts), "lost_low": 100 * low, "lost_high": 100 * high}
-
-
-def table(rows):
-    """The rows as text, one line each."""
-    rates, width = [kind for kind in TAGS["paper"] if kind != "answer"], max(24, *(len(row["label"]) for row in rows))
-    lost, judged = "lost" in rows[0], rows[0]["judge"] is not None
-    lines = [f"{'':{width}}{'EM':>6}  {'95 % interval':^14}{'F1':>6}{'released':>10}" + f"{'judge':>7}" * judged + f"{'questions':>11}   "
-             + " ".join(f"{kind:>10}" for kind in rates) + f"{'invalid':>9}{'cut':>6}{'turns':>8}{'calls':>7}{'tokens':>8}{'seconds':>9}"
-             + f"{'EM lost':>9}  {'paired 95 %':^14}" * lost,
-             f"{'':{width + 52 + 7 * judged}}{'operations per response':^54}{'':15}{'per task':^32}"]
-    for row in rows:
-        lines.append(f"{row['label']:{width}}{row['em']:6.1f}  [{row['low']:5.1f},{row['high']:6.1f}]{row['f1']:6.1f}{row['released']:10.1f}"
-                     + (f"{row['judge']:7.1f}" if judged else "") + f"{row['questions']:11d}   " + " ".join(f"{row[kind]:10.3f}" for kind in rates)
-                     + f"{row['invalid']:9.3f}{row['truncated']:6.3f}{row['turns']:8.1f}{row['calls']:7.1f}{row['tokens']:8.1f}{row['seconds']:9.2f}"
-                     + (f"{row['lost']:9.1f}  [{row['lost_low']:5.1f},{row['lost_high']:6.1f}]" if lost else ""))
-    return "\n".join(lines)
 
 
 # --- the script ----------------------------------------------------------------------------------------------------
@@ -284,6 +269,7 @@ FLAGS = [
     ("--file", dict(help="the text to read for --ask: .txt, .md, .jsonl")),
     ("--memory", dict(metavar="FILE", help="with --file: save the memory here; without: ask the memory saved here")),
     ("--trace", dict(type=int, default=0, metavar="N", help="print N episodes turn by turn")),
+    ("--html", dict(metavar="FILE", help="write a page that replays the episodes of all policies (20 tasks, or --trace N)")),
     ("--curves", dict(nargs="+", metavar="METRICS", help="draw curves.png from GRPO runs' metrics.jsonl, and do nothing else")),
     ("--gold", dict(action="store_true", help="the scripted demonstrator in place of the model")),
 ]
@@ -293,6 +279,8 @@ def check_flags(config, extra):
     """BadInput for flags that do not go together."""
     for wrong, complaint in (
             (extra["trace"] < 0, f"--trace {extra['trace']}: a number of episodes, 1 or more"),
+            (extra["html"] and (extra["ablate"] or extra["baselines"] or extra["ask"] or extra["sweep"]),
+             "--html compares policies on the same tasks: it goes with no --ablate, --baselines, --sweep or --ask"),
             (extra["ablate"] and extra["baselines"], "--ablate and --baselines are two tables: give one of them"),
             ((extra["file"] or extra["memory"]) and not extra["ask"], "--file and --memory are for --ask: there is no question"),
             (extra["gold"] and extra["ask"], "--gold knows nothing of your own text: --ask needs a model"),
@@ -308,12 +296,15 @@ def main():
         return draw_curves(extra["curves"], "curves.png")
     check_one_process("evaluate.py")
     check_flags(config, extra)
+    if extra["html"]:
+        check_new_file("--html", extra["html"], config.overwrite)
     device = Accelerator(cpu=config.cpu).device
     set_seed(config.seed)
     judge = make_judge(config, extra["judge"], extra["judge_endpoint"]) if extra["judge"] else None
     variants = ABLATIONS if extra["ablate"] else BASELINES if extra["baselines"] else {"": Variant()}
-    single = bool(len(variants) > 1 or extra["trace"] or extra["ask"])  # the last contestant alone
-    sweep = extra["sweep"] or (["length=1,2,4"] if config.task == "town" and not single else [])
+    shown = extra["trace"] or bool(extra["html"])
+    single = bool(len(variants) > 1 or extra["trace"] and not extra["html"] or extra["ask"])  # the last contestant alone
+    sweep = extra["sweep"] or (["length=1,2,4"] if config.task == "town" and not (single or shown) else [])
     changes = parse_sweep(sweep, config)
     settings = [dataclasses.replace(config, **change) for change in changes]
     count, contestants = policies(config, extra, single, device)
@@ -323,8 +314,8 @@ def main():
     rows = []
     for now in settings:  # what cannot be done shows before anything is played
         load_embedder(now.embedder, device)
-    out = None if extra["trace"] else new_file(config, [name for name in ("ablate", "baselines", "gold") if extra[name]] + (extra["sweep"] or []))
-    number = extra["trace"] or config.eval_tasks
+    out = None if shown else new_file(config, [name for name in ("ablate", "baselines", "gold") if extra[name]] + (extra["sweep"] or []))
+    number, played = extra["trace"] or (20 if extra["html"] else config.eval_tasks), {}
     announce(settings, len(contestants), variants, number, count)
     for change, now in zip(changes, settings):
         embed, tasks = load_embedder(now.embedder, device), held_out_tasks(now, "test", number, count)
@@ -337,15 +328,19 @@ def main():
                 unabridged = unabridged or episodes  # "all on" comes first
                 if extra["ablate"]:
                     rows[-1] |= compare(unabridged, episodes)
-                if extra["trace"]:
+                if extra["html"]:
+                    played[name] = episodes
+                elif extra["trace"]:
                     print("\n\n".join(trace(episode) for episode in episodes))
                 else:
                     out.write_text(json.dumps(rows, indent=1) + "\n")  # after each row, since the next may take hours
     print(table(rows))
     if judge and judge.unclear:
         print(f"{judge.unclear} verdicts of the judge were neither yes nor no, and count as no")
-    if out:
-        print(f"saved as {out}")
+    if extra["html"]:
+        write_page(played, config.dialect, extra["html"])
+    if out or extra["html"]:
+        print(f"saved as {out or extra['html']}")
 
 
 if __name__ == "__main__":

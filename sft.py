@@ -82,6 +82,19 @@ def lessons_to_learn(config, policy, stream, embed, accelerator):
 # --- the trainer ---------------------------------------------------------------------------------------------------
 
 
+def update(wrapped, rows, tokens, optimizers, accelerator, config):
+    """One optimiser step on `rows`, this process's; `tokens` is the number of response tokens of all. Returns metrics, also of all."""
+    sums = {"loss": 0.0, "sure": 0}
+    for batch in parallel.shared_batches(accelerator, wrapped, rows, config):
+        logprobs, _ = wrapped(batch)  # (N,)
+        (-logprobs.sum() * accelerator.num_processes / tokens).backward()
+        sums["loss"] -= logprobs.sum().item()
+        sums["sure"] += (logprobs > math.log(0.5)).sum().item()
+    norm = clip_and_step(wrapped, optimizers, config.max_grad_norm)
+    sums = parallel.total(accelerator, sums)
+    return {"loss": sums["loss"] / tokens, "sure": sums["sure"] / tokens, "grad_norm": norm}
+
+
 def teach(config, name):
     """Write the demonstrations of a stronger model, which may be stopped and started again."""
     check_one_process("sft.py --teacher")
@@ -119,18 +132,11 @@ def main():
         started = time.perf_counter()
         factor = schedule(step, config.sft_steps, warmup=config.sft_steps // 10, decay=0.6)
         scale_lr(optimizers, factor)
-        tokens, sums = sum(len(response) for _, response in batch), {"loss": 0.0, "sure": 0}
-        for rows in parallel.shared_batches(accelerator, wrapped, parallel.share(accelerator, batch), config):
-            logprobs, _ = wrapped(rows)  # (N,)
-            (-logprobs.sum() * accelerator.num_processes / tokens).backward()
-            sums["loss"] -= logprobs.sum().item()
-            sums["sure"] += (logprobs > math.log(0.5)).sum().item()
-        norm = clip_and_step(wrapped, optimizers, config.max_grad_norm)
-        sums = parallel.total(accelerator, sums)
-        bad_steps = count_bad_steps(run.metrics.get("bad_steps", 0), [norm])
+        metrics = update(wrapped, parallel.share(accelerator, batch), sum(len(response) for _, response in batch), optimizers,
+                         accelerator, config)
+        bad_steps = count_bad_steps(run.metrics.get("bad_steps", 0), [metrics["grad_norm"]])
         seconds, trained_on = time.perf_counter() - started, sum(len(prompt) + len(response) for prompt, response in batch)
-        metrics = {"loss": sums["loss"] / tokens, "sure": sums["sure"] / tokens, "lr": factor * config.sft_lr, "grad_norm": norm,
-                   "bad_steps": bad_steps, "seconds": seconds, "tokens_per_second": trained_on / seconds}
+        metrics |= {"lr": factor * config.sft_lr, "bad_steps": bad_steps, "seconds": seconds, "tokens_per_second": trained_on / seconds}
         if step == config.sft_steps:
             player = parallel.rollout_policy(accelerator, policy)
             metrics["held_out_em"] = parallel.held_out_em(accelerator, player, held_out, config, embed)
