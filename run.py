@@ -59,6 +59,7 @@ class Run:
     def __init__(self, config, stage, resume=None):
         self.config, self.folder = config, Path(resume or config.folder(stage))
         self.step, self.metrics, self.best, self.start, self.checkpoint, self.stopping = 0, {}, None, None, None, False
+        self.recent, self.held_out = [], ""  # to be shown: the main metric of the steps, the last held-out evaluation
         if config.endpoint:
             raise BadInput("--endpoint: a model behind a server can be evaluated, or be a --teacher, but not trained")
         above = next(path for path in self.folder.absolute().parents if path.exists())
@@ -171,6 +172,7 @@ class Run:
         When the caller is through with a step, and has logged it, it is saved if it is due, or the last.
         """
         with tqdm(total=total, initial=self.step, desc=self.folder.name, disable=None if self.main else True, unit="step") as bar:
+            self.bar = bar
             while self.step < total and not any(parallel.gather(self.accelerator, self.stopping)):
                 self.step += 1
                 yield self.step
@@ -181,14 +183,27 @@ class Run:
             self.save()
 
     def log(self, metrics):
-        """Append the step's metrics to metrics.jsonl, print them on one line, and pass them to the tracker."""
+        """Append the step's metrics to metrics.jsonl, pass them to the tracker, and show the main ones.
+
+        On a terminal they stand beside the progress bar; elsewhere every twentieth part of the run, and each held-out evaluation, is a
+        line.
+        """
         self.metrics = {"step": self.step} | {name: float(f"{float(value):.6g}") for name, value in metrics.items()}
         if not self.main:
             return
         with self.on_disk(), open(self.folder / "metrics.jsonl", "a") as file:
             file.write(json.dumps(self.metrics) + "\n")
-        tqdm.write("  ".join([f"step {self.step}", *(f"{name} {float(value):.4g}" for name, value in metrics.items())]))
         self.accelerator.log(metrics, step=self.step)
+        main = "reward" if "reward" in metrics else "loss"
+        self.recent.append(metrics[main])
+        now, before = self.recent[-10:], self.recent[-20:-10]
+        line = f"{main} {sum(now) / len(now):.3f}" + (f" ({sum(now) / len(now) - sum(before) / len(before):+.3f})" if before else "")
+        held_out = metrics.get("held_out_em")
+        self.held_out = self.held_out if held_out is None else f"  held-out EM {held_out:.3f}"
+        line += f"{self.held_out}  {metrics['seconds']:.2f} s/step"
+        self.bar.set_postfix_str(line)
+        if self.bar.disable and (self.step % max(1, self.bar.total // 20) == 0 or held_out is not None):
+            print(f"{self.folder.name} {self.step}/{self.bar.total}  {line}", flush=True)
 
     def save(self):
         """Write the checkpoint of this step: whole, on the disk, and only then under its name. SystemExit if that fails.
