@@ -3,7 +3,6 @@
 Letters: B distinct rows, T longest prompt + response, N response tokens of all rows, D width, V vocabulary.
 """
 
-import math
 import random
 from collections import deque
 from contextlib import contextmanager

@@ -4,7 +4,6 @@ import math
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
-from transformers.cache_utils import DynamicLayer
 
 import town
 from agent import TAGS, Observation, render, run_episodes
