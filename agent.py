@@ -18,9 +18,10 @@ question again, at most `max_reads` times; anything else scores 0. So an episode
 A malformed, switched-off or impossible operation is a counted no-op; it never stops the operations after it.
 """
 
+import itertools
 import random
 import re
-from collections import Counter, deque
+from collections import deque
 from dataclasses import dataclass, field
 
 from config import OPERATIONS, BadInput
@@ -253,19 +254,17 @@ def unbox(text):
 def run_episodes(tasks, policy, config, embed, score, progress=lambda turns, done: None, begin=None, seed=0):
     """Run one episode for each task, all side by side, and return them in the order of `tasks`.
 
-    policy: has respond(observations) -> responses, one for each; or, so that no episode waits for another, serve(waiting), as
+    policy: has respond(observations) -> responses, one for each; or, so that episodes go on by themselves, serve(waiting), as
     `waves` below. embed(texts, query=False) -> (B, d) unit vectors, for as many texts at once as there are. score(answer, question)
     -> a number in [0, 1]. `progress` is told how many turns were taken, now and then, and how many episodes are done. begin(task)
     makes the Episode, if not one with an empty memory.
 
     What an episode draws at random hangs on config.seed, `seed`, its task's id and how many episodes of that task come before it,
-    and not on what else is played beside it.
+    and not on what else is played beside it; but tokens of a server and of transformers' continuous batching are drawn there.
     """
     episodes = [begin(task) if begin else Episode(task, Memory(config.capacity)) for task in tasks]
-    chances, times = [], Counter()
-    for task in tasks:
-        chances.append(random.Random(f"{config.seed} {seed} {task.id} {times[task.id]}"))
-        times[task.id] += 1
+    times = {task.id: itertools.count() for task in tasks}
+    chances = [random.Random(f"{config.seed} {seed} {task.id} {next(times[task.id])}") for task in tasks]
 
     def turn(number):
         return number, observe(episodes[number], config, chances[number]), chances[number]
@@ -283,12 +282,11 @@ def run_episodes(tasks, policy, config, embed, score, progress=lambda turns, don
 
 
 def waves(policy, waiting):
-    """Yields [(item, its Response)], some at a time, until the deque `waiting` is empty; the caller appends to it between two yields.
+    """Yields [(item, its Response)], some at a time, until the deque `waiting`, to which the caller appends between two yields, is empty.
 
     An item is (the episode's number, observation, the episode's random.Random). Here all that waits is answered together.
     """
-    while waiting:
-        items = list(waiting)
+    while items := list(waiting):
         waiting.clear()
         yield list(zip(items, policy.respond([observation for _, observation, _ in items])))
 

@@ -212,6 +212,7 @@ def peak(kind, label):
     """Print the memory, in GB, that two of the steps take at most above what is there before them. For a process of its own."""
     step = steps(kind)[label]
     if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         step(), step()
         print((torch.cuda.max_memory_allocated() - before) / 1e9)
@@ -219,6 +220,7 @@ def peak(kind, label):
         def read(name):
             return int(Path("/proc/self/status").read_text().split(name + ":")[1].split()[0]) / 1e6
 
+        Path("/proc/self/clear_refs").write_text("5")  # the peak so far, of making it all, does not count
         before = read("VmRSS")
         step(), step()
         print(read("VmHWM") - before)
@@ -284,12 +286,14 @@ def one_size(name, shape, cpu):
     embed(["warm up"])
     embedded, _ = timed(lambda: embed([text[:300] for text in texts]), cpu)
     step = our_step(policy, rows, "grpo")
+    if not cpu:
+        torch.cuda.reset_peak_memory_stats()
     step()
     seconds, metrics = timed(step, cpu)
     share = model_flops(policy.model, rows) / seconds / next((most for key, most in PEAKS.items() if not cpu and key in torch.cuda.get_device_name()), float("nan"))
     print(f"\ngpu: {name}, {turns} turns: rollout {rolled:.2f} s ({sampled / rolled:.0f} sampled tokens/s), embed {embedded:.2f} s, update {seconds:.2f} s "
           f"({sum(len(row[0]) + len(row[1]) for row in rows) / seconds:.0f} tokens/s, MFU {share:.1%}), gap {metrics['gap']:.2g}"
-          + ("" if cpu else f", peak {torch.cuda.max_memory_allocated() / 1e9:.1f} GB"))
+          + ("" if cpu else f", its peak {torch.cuda.max_memory_allocated() / 1e9:.1f} GB"))
     for label, peer in trl_steps(model, policy.tokenizer, rows, "grpo", config).items():
         peer()
         print(f"    {label}: update {timed(peer, cpu)[0]:.2f} s")

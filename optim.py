@@ -19,9 +19,11 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            alike = {}  # (rows, columns), the larger one first -> [(parameter, update)]
+            alike = {}  # (rows, columns), the smaller one first -> [(parameter, update)]
             for parameter in group["params"]:
-                average = self.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
+                if not self.state[parameter]:
+                    self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+                average = self.state[parameter]["momentum_buffer"]
                 average.lerp_(parameter.grad, 1 - group["momentum"])
                 update = parameter.grad.lerp(average, group["momentum"])
                 alike.setdefault(tuple(sorted(parameter.shape)), []).append((parameter, update))
@@ -112,6 +114,6 @@ def micro_batches(rows, max_tokens):
     return batches
 
 
-def number_alike(keys):
+def numbered(keys):
     """{key: its number}, equal keys counted once, in order of appearance."""
     return {key: number for number, key in enumerate(dict.fromkeys(keys))}

@@ -10,18 +10,21 @@ IDLE ones. DDP and FSDP2 average gradients over the processes; their losses are 
 by the response tokens of all, so that loss and gradient are those of one process with all the rows.
 
 FSDP2 shards the weights inside the policy, so a forward pass gathers them layer by layer. To sample so would gather all of them
-for every token. Rollouts use a whole copy of the model in each process instead, in bf16 on a GPU, refreshed after each step.
+for every token. Rollouts use a whole copy of the model in each process instead, in bf16 on a GPU, refreshed after each step. So do
+those of any pretrained model on a GPU, sharded or not: 2 bytes a parameter.
 On paper, with the settings of --preset paper and Qwen3-8B (8.2e9 parameters), each of 8 GPUs holds
 
     always          shards of the fp32 weights 4.1 GB, of their gradients 4.1, of AdamW's two moments 8.2; the copy 16.4;
-                    the embedder 2.4; with --kl the reference 16.4
-    in rollouts     the cache, 0.15 MB a token: 24 GB for 8 rows (--sample_rows) of 20,480 tokens
+                    the embedder 2.4
+    in rollouts     the cache, 0.15 MB a token: 24 GB for 8 rows (--sample_rows) of 20,480 tokens; with flash-attention
+                    20 GB of pages (sampling.CACHE_SHARE), which stay in training
     in training     embedding and head gathered 2.5, their gradients before they are sharded 7.5; a row's layer inputs 6, one
                     recomputed layer 4.4 (--recompute; without it 7.8 MB a token, 159 GB for the longest row)
 
-of its 80 GB; and the machine, while the models load, 33 GB of main memory for each process, and 98 when the first one saves.
+of its 80 GB (with --kl, the reference's 16.4 on top, pages no longer fit); and the machine, while the models load, 33 GB of main memory for each process, and 98 when the first one saves.
 """
 
+import copy
 import os
 
 import torch
@@ -105,11 +108,11 @@ def rollout_policy(accelerator, policy):
     if not (sharding() or policy.config.model and accelerator.device.type == "cuda"):
         return policy
     with accelerator.device:
-        model = AutoModelForCausalLM.from_config(policy.model.config, dtype=rollout_dtype(accelerator))
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(policy.model.config), dtype=rollout_dtype(accelerator))
     model.generation_config = policy.model.generation_config
-    copy = LanguageModel(model.eval(), policy.tokenizer, policy.config).requires_grad_(False)
-    refresh(copy, policy)
-    return copy
+    player = LanguageModel(model.eval(), policy.tokenizer, policy.config).requires_grad_(False)
+    refresh(player, policy)
+    return player
 
 
 def frozen(accelerator, policy):
@@ -126,13 +129,13 @@ def held_out_em(accelerator, player, tasks, config, embed):
 
 
 @torch.no_grad()
-def refresh(copy, policy):
+def refresh(player, policy):
     """Bring the weights of `policy` into rollout_policy's copy, one matrix at a time. A meeting."""
-    if copy is policy:
+    if player is policy:
         return
     if sharding():
         policy.reshard()  # a forward pass may have left embedding and head gathered
-    for own, trained in zip(copy.parameters(), policy.parameters(), strict=True):
+    for own, trained in zip(player.parameters(), policy.parameters(), strict=True):
         part = trained.to(own.dtype)
         own.copy_(part.full_tensor() if isinstance(part, DTensor) else part)
 

@@ -19,7 +19,7 @@ from agent import TAGS, Episode, fit, instruction, observe, render, run_episodes
 from config import BadInput
 from endpoint import Endpoint, EndpointPolicy
 from memory import Memory
-from optim import number_alike
+from optim import numbered
 from scoring import scorer
 from tasks import corpus
 
@@ -118,12 +118,12 @@ class LanguageModel(torch.nn.Module):
         rows: list of (prompt ids, response ids, ...). The N tokens come row after row, in order. Rows that are the same, as the
         first turns of a group's episodes often are, go through the model once.
         """
-        distinct = number_alike((tuple(prompt), tuple(response)) for prompt, response, *_ in rows)
+        distinct = numbered((tuple(prompt), tuple(response)) for prompt, response, *_ in rows)
         length = max(len(prompt) + len(response) for prompt, response in distinct)
         ids = torch.tensor([[*prompt, *response, *[0] * (length - len(prompt) - len(response))] for prompt, response in distinct])  # (B, T)
         # The token at position t is predicted at t - 1. Masks come from lengths alone, never from token values.
-        where = torch.tensor([distinct[tuple(prompt), tuple(response)] * length + len(prompt) - 1 + t
-                              for prompt, response, *_ in rows for t in range(len(response))], dtype=torch.long)
+        first = [distinct[tuple(prompt), tuple(response)] * length + len(prompt) - 1 for prompt, response, *_ in rows]
+        where = torch.tensor([place + t for place, row in zip(first, rows) for t in range(len(row[1]))], dtype=torch.long)
         where, which = where.unique(return_inverse=True)  # the tokens of distinct rows, and which of them each of the N is
         targets = ids.flatten()[where + 1].to(self.device)
         for layer in self.model.modules() if self.config.recompute else ():

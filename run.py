@@ -9,6 +9,7 @@ import os
 import random
 import shutil
 import signal
+from collections import deque
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -59,7 +60,7 @@ class Run:
     def __init__(self, config, stage, resume=None):
         self.config, self.folder = config, Path(resume or config.folder(stage))
         self.step, self.metrics, self.best, self.start, self.checkpoint, self.stopping = 0, {}, None, None, None, False
-        self.recent, self.held_out = [], ""  # to be shown: the main metric of the steps, the last held-out evaluation
+        self.recent, self.held_out = deque(maxlen=20), ""  # to be shown: the main metric of the last steps, the last held-out evaluation
         if config.endpoint:
             raise BadInput("--endpoint: a model behind a server can be evaluated, or be a --teacher, but not trained")
         above = next(path for path in self.folder.absolute().parents if path.exists())
@@ -196,7 +197,7 @@ class Run:
         self.accelerator.log(metrics, step=self.step)
         main = "reward" if "reward" in metrics else "loss"
         self.recent.append(metrics[main])
-        now, before = self.recent[-10:], self.recent[-20:-10]
+        now, before = list(self.recent)[-10:], list(self.recent)[:-10]
         line = f"{main} {sum(now) / len(now):.3f}" + (f" ({sum(now) / len(now) - sum(before) / len(before):+.3f})" if before else "")
         held_out = metrics.get("held_out_em")
         self.held_out = self.held_out if held_out is None else f"  held-out EM {held_out:.3f}"

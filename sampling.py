@@ -1,25 +1,30 @@
 """Sampling: a batch whose rows come and go, so that no episode waits for the slowest of the others.
 
-`serve(policy, waiting)` decodes all that waits, and what is put there meanwhile, and yields responses as they are finished. A
-pretrained model on a GPU leaves that to transformers' continuous batching: a paged cache, shared prefixes, CUDA graphs.
+`serve(policy, waiting)` decodes all that waits, and what is put there meanwhile, and yields responses as they are finished. On a GPU a
+bf16 model leaves that to transformers' continuous batching (a paged cache, shared prefixes, CUDA graphs) where flash-attention is
+installed: without it that would score each row against the keys of all.
 
 Letters: n rows in the batch, m rows that join it, P longest prompt of those, W longest row (prompt + response so far), H heads,
 d head dimension, V vocabulary.
 """
 
+import gc
 import itertools
+import math
 import random
 from dataclasses import dataclass, field
 
 import torch
-from transformers import Cache, GenerationConfig
+from transformers import Cache, ContinuousBatchingConfig, GenerationConfig
 from transformers.cache_utils import DynamicLayer
+from transformers.utils import is_flash_attn_2_available
 
 from agent import Response
-from optim import micro_batches, number_alike
+from optim import micro_batches, numbered
 
 # Rows join the batch when there are this many of them for each that is in it: few large forward passes cost less than many small ones.
 JOIN_SHARE = 0.25
+NOT_FINITE = "the policy's probabilities are not finite: its weights are broken; a lower learning rate may help"
 
 
 @dataclass
@@ -43,7 +48,8 @@ class RowCache(Cache):
     """Keys and values of rows that all end at the same column: a row of w tokens takes the columns end - w to end - 1.
 
     So a row is written into a free place whatever the lengths of the others, a row that is done leaves its place to the last one,
-    and each token is one more column. Nothing else is copied until the columns are used up (SPARE of them at a time).
+    and each token is one more column. The whole is copied when the columns are used up (SPARE of them at a time), and for more or
+    longer rows than ever before.
     """
 
     SPARE = 32
@@ -106,7 +112,7 @@ def serve(policy, waiting):
 
     waiting: a deque of items (number, observation, random.Random), to which the caller may append between two yields.
     """
-    paged = policy.device.type == "cuda" and policy.model.dtype == torch.bfloat16 and hasattr(policy.model, "continuous_batching_context_manager")
+    paged = policy.device.type == "cuda" and policy.model.dtype == torch.bfloat16 and is_flash_attn_2_available() and has_pages()
     return (serve_paged if paged else serve_rows)(policy, waiting)
 
 
@@ -138,7 +144,7 @@ def serve_rows(policy, waiting):
 
 def join(policy, cache, rows):
     """The logits (m, V) of the first token of `rows`, whose prompts go into the cache. Equal prompts, of one group say, are read once."""
-    numbers = number_alike(tuple(row.prompt) for row in rows)
+    numbers = numbered(tuple(row.prompt) for row in rows)
     longest = max(map(len, numbers))  # P
     ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in numbers], device=policy.device)  # padded on the left
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in numbers], device=policy.device)
@@ -172,7 +178,7 @@ def draw(policy, logits, rows):
     logits = policy.scaled(logits)  # (n, V)
     total = logits.logsumexp(-1, keepdim=True)  # (n, 1)
     if not total.isfinite().all():
-        raise SystemExit("the policy's probabilities are not finite: its weights are broken; a lower learning rate may help")
+        raise SystemExit(NOT_FINITE)
     if policy.temperature == 0:
         token = logits.argmax(-1, keepdim=True)  # (n, 1)
     else:  # where the cumulated probability passes a random number; in float64, that the rarest tokens have their chance
@@ -214,26 +220,33 @@ def response_of(policy, prompt, ids, logprobs):
 # --- on a GPU ------------------------------------------------------------------------------------------------------
 
 PAGE = 256  # tokens whose keys and values are kept, and shared by prompts that begin alike, together
+CACHE_SHARE = 0.25  # of the GPU's memory that the pages may take: they stay where they are while the policy is trained
+
+
+def has_pages():
+    """Whether this version of transformers has continuous batching as it is used here (5.17)."""
+    return "page_size" in getattr(ContinuousBatchingConfig, "__dataclass_fields__", {})
 
 
 @torch.no_grad()
 def serve_paged(policy, waiting):
     """serve, with transformers' continuous batching. Its manager lives as long as the model; the draws are its own, whatever the seeds.
 
-    The keys and values that it keeps of earlier prompts are forgotten when a weight has changed since.
+    The keys and values that it keeps of earlier prompts are forgotten when a weight has been changed in place, or replaced, since.
     """
     config, model, playing = policy.config, policy.model, {}
-    weights = [(parameter.data_ptr(), parameter._version) for parameter in model.parameters()]  # of which every change shows
+    weights = [(parameter.data_ptr(), parameter._version) for parameter in model.parameters()]
     settings = policy.temperature, config.sample_rows, config.max_prompt_tokens + config.max_response_tokens
-    before = getattr(policy, "paged", None)
-    if before and before[0] != settings:
-        model.destroy_cached_continuous_batching_manager()
+    before = getattr(policy, "paged", None)  # (settings, weights) of the last call
     if not before:  # ids that the tokenizer does not have are never sampled
         model.get_output_embeddings().register_forward_hook(lambda module, args, logits: logits[..., : policy.known_ids])
+    elif before[0] != settings:
+        model.destroy_cached_continuous_batching_manager()
+        gc.collect()  # the old cache goes before the new one comes
+    elif before[1] != weights:
+        model._cached_continuous_batching_manager.batch_processor.cache.reset()
     numbers = itertools.count()
     with model.continuous_batching_context_manager(**paged_settings(policy), persistent_manager=True) as manager:
-        if before and before[1] != weights:
-            manager.batch_processor.cache.reset()
         policy.paged = settings, weights
         while waiting or playing:
             items = [waiting.popleft() for _ in range(len(waiting))]
@@ -246,6 +259,8 @@ def serve_paged(policy, waiting):
                 if result.error:
                     raise SystemExit(f"transformers' continuous batching failed: {result.error}")
                 if result.is_finished():
+                    if not all(map(math.isfinite, result.logprobs)):
+                        raise SystemExit(NOT_FINITE)
                     item, prompt = playing.pop(result.request_id)
                     finished.append((item, response_of(policy, prompt, result.generated_tokens, result.logprobs)))
             if finished:
@@ -255,14 +270,17 @@ def serve_paged(policy, waiting):
 
 
 def paged_settings(policy):
-    """The distribution that the trainer scores, and a cache for `sample_rows` rows of the longest kind."""
-    from transformers import ContinuousBatchingConfig
-
-    config, greedy = policy.config, policy.temperature == 0
-    pages = config.sample_rows * -(-(config.max_prompt_tokens + config.max_response_tokens) // PAGE)
+    """The distribution that the trainer scores, and a cache for `sample_rows` rows of the longest kind, or as many as fit CACHE_SHARE."""
+    config, model = policy.config, policy.model.config.get_text_config()
+    longest = -(-(config.max_prompt_tokens + config.max_response_tokens) // PAGE)  # in pages
+    pages = config.sample_rows * longest
+    if policy.device.type == "cuda":
+        head = getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
+        size = 2 * model.num_hidden_layers * model.num_key_value_heads * head * policy.model.dtype.itemsize * PAGE  # bytes, keys and values
+        pages = max(longest, min(pages, int(CACHE_SHARE * torch.cuda.mem_get_info()[1]) // size))
     ends = dict(eos_token_id=sorted(policy.end_ids), pad_token_id=policy.tokenizer.pad_token_id)
     return {
-        "generation_config": GenerationConfig(**ends) if greedy else GenerationConfig(
+        "generation_config": GenerationConfig(**ends) if policy.temperature == 0 else GenerationConfig(
             **ends, do_sample=True, temperature=policy.temperature, top_k=0, top_p=1.0),
         "continuous_batching_config": ContinuousBatchingConfig(
             page_size=PAGE, num_blocks=pages, max_requests_per_batch=config.sample_rows, return_logprobs=True,

@@ -41,8 +41,6 @@ def replay(episode):
                 continue
             marks[operation.id] = {"create": "created", "update": "updated", "delete": "deleted"}[operation.kind]
             store[operation.id] = operation.text or store[operation.id]
-            if operation.kind == "update" and operation.id not in before:
-                marks[operation.id] = "created"  # in this very turn
         entries = [{"id": id, "text": text} | ({"mark": marks[id]} if id in marks else {}) for id, text in store.items()]
         for entry in entries:
             if entry.get("mark") == "updated":
@@ -75,7 +73,7 @@ def write_page(played, dialect, out):
     """Write one page, which needs nothing else, that replays episodes. played: {label: episodes}, of the same tasks under each label."""
     data = {"tags": {tag: kind for kind, tag in TAGS[dialect].items()}, "labels": list(played),
             "tasks": [[describe(episode) for episode in episodes] for episodes in zip(*played.values(), strict=True)]}
-    text = json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")  # so that no text can end the script that holds it
+    text = json.dumps(data).replace("<", "\\u003c")  # so that no text can end the script that holds it
     page = Path(__file__).with_name("trace.html").read_text(encoding="utf-8")
     Path(out).write_text(page.replace("DATA", text, 1), encoding="utf-8")
 

@@ -9,7 +9,7 @@ import town
 from agent import TAGS, Observation, render, run_episodes
 from config import Config
 from memory import Entry, HashedEmbedder
-from optim import make_optimizers, micro_batches
+from optim import Muon, make_optimizers, micro_batches
 from policy import LanguageModel, create_tiny, evaluate, open_policy, train_tokenizer
 from scoring import exact_match
 from tasks import town_task
@@ -251,6 +251,23 @@ def test_every_parameter_has_one_optimiser(tiny, kind):
     """Bug: a parameter in no optimiser never learns; one in two learns twice."""
     held = [id(p) for o in make_optimizers(tiny, 1e-3, kind) for group in o.param_groups for p in group["params"]]
     assert sorted(held) == sorted(id(p) for p in tiny.parameters())
+
+
+def test_muon_is_torchs_muon():
+    """Bug: tall matrices are turned the wrong way, or those of one shape get each other's updates."""
+    shapes, rng = [(12, 30), (30, 12), (12, 30), (16, 16), (30, 12)], torch.Generator().manual_seed(0)
+    ours = [torch.nn.Parameter(torch.randn(shape, generator=rng)) for shape in shapes]
+    theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
+    start = [p.detach().clone() for p in ours]
+    optimizers = Muon(ours, 1e-2), torch.optim.Muon(theirs, lr=1e-2, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+    for _ in range(4):
+        for p, q in zip(ours, theirs):
+            p.grad = torch.randn(p.shape, generator=rng)
+            q.grad = p.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for p, q, before in zip(ours, theirs, start):  # torch's works in bf16
+        assert (p - q).norm() < 0.03 * (q - before).norm()
 
 
 def test_micro_batches_keep_to_the_budget():
