@@ -41,6 +41,7 @@ def test_a_new_operation(run, tmp_path):
     run = run("pin.py")
     run("pin.py", "sft", *TINY)
     run("pin.py", "grpo", *TINY)
+    assert "grpo 1x" in run("pin.py", "evaluate", "--sweep", "length=1", "--eval_tasks", 2, "--cpu")
     assert "pin" in last_line(tmp_path / "runs/town/grpo")
     (tmp_path / "check.py").write_text(f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r})\n" """
 import pin
@@ -62,12 +63,11 @@ def test_a_new_task(run, tmp_path):
     """Bug: the README's own task is no longer read, demonstrated or scored."""
     run = run("shelves.py")
     run("shelves.py")
-    saved = ["--task", "saved", "--data", "shelves.jsonl", "--questions", 3]
-    table = run(ROOT / "evaluate.py", *saved, "--gold", "--eval_tasks", 5, "--cpu")
-    assert "gold-facts demonstrator" in table
-    assert float(re.search(r"shelves\.jsonl +([0-9.]+)", table)[1]) > 90
-    run(ROOT / "sft.py", *saved, *TINY, "--name", "shelves")
-    assert (tmp_path / "runs/shelves/sft/model").exists()
+    run(ROOT / "sft.py", "--task", "saved", "--data", "shelves-train.jsonl", "--questions", 3, "--name", "shelves", *TINY)
+    run(ROOT / "grpo.py", "--name", "shelves", *TINY)
+    test = ["--name", "shelves", "--data", "shelves-test.jsonl", "--eval_tasks", 3, "--cpu"]
+    assert "grpo shelves-test.jsonl" in run(ROOT / "evaluate.py", *test)
+    assert float(re.search(r"shelves-test\.jsonl +([0-9.]+)", run(ROOT / "evaluate.py", *test, "--gold"))[1]) > 90
 
 
 def test_a_new_reward(run, tmp_path):
