@@ -15,7 +15,8 @@ import random
 from dataclasses import dataclass, field
 
 import torch
-from transformers import Cache, ContinuousBatchingConfig, GenerationConfig
+import transformers
+from transformers import Cache, GenerationConfig
 from transformers.cache_utils import DynamicLayer
 from transformers.utils import is_flash_attn_2_available
 
@@ -225,7 +226,7 @@ CACHE_SHARE = 0.25  # of the GPU's memory that the pages may take: they stay whe
 
 def has_pages():
     """Whether this version of transformers has continuous batching as it is used here (5.17)."""
-    return "page_size" in getattr(ContinuousBatchingConfig, "__dataclass_fields__", {})
+    return "page_size" in getattr(getattr(transformers, "ContinuousBatchingConfig", None), "__dataclass_fields__", {})
 
 
 @torch.no_grad()
@@ -282,6 +283,6 @@ def paged_settings(policy):
     return {
         "generation_config": GenerationConfig(**ends) if policy.temperature == 0 else GenerationConfig(
             **ends, do_sample=True, temperature=policy.temperature, top_k=0, top_p=1.0),
-        "continuous_batching_config": ContinuousBatchingConfig(
+        "continuous_batching_config": transformers.ContinuousBatchingConfig(
             page_size=PAGE, num_blocks=pages, max_requests_per_batch=config.sample_rows, return_logprobs=True,
             max_batch_tokens=max(PAGE, min(config.micro_batch_tokens, 4096)))}
