@@ -71,9 +71,9 @@ class Demonstrator:
 class TownDemonstrator(Demonstrator):
     """Plays one workflow, from the observation alone. With probability `noise` it overlooks a sentence."""
 
-    def __init__(self, workflow, config, noise=0.02):
+    def __init__(self, workflow, config, noise=0.02, seed=""):
         super().__init__(config)
-        self.workflow, self.noise, self.rng = workflow, noise, random.Random(f"{workflow} {config.seed}")
+        self.workflow, self.noise, self.rng = workflow, noise, random.Random(f"{workflow} {config.seed} {seed}")
 
     def read(self, o):
         asked = " ".join(o.questions)
@@ -260,6 +260,8 @@ def recorded(config):
 
 # --- scripted demonstrations -----------------------------------------------------------------------------------
 
+BLOCK = 200  # tasks that are demonstrated together, when the trainer needs more rows
+
 
 def workflow_shares(config):
     """{workflow: share} of the demonstrations. Where the full one is impossible, the best of the others plays them all."""
@@ -278,28 +280,27 @@ def demonstrate(tasks, config, embed, count, quiet=False):
     if config.task != "town":
         groups = [(GoldDemonstrator(tasks, config, count), tasks)]
     else:
-        shares, rng = workflow_shares(config), random.Random(config.seed)
-        drawn = rng.choices(list(shares), list(shares.values()), k=len(tasks))
-        groups = [(TownDemonstrator(name, config), [task for task, one in zip(tasks, drawn) if one == name]) for name in shares]
+        shares, seed = workflow_shares(config), tasks[0].id
+        drawn = random.Random(f"{config.seed} {seed}").choices(list(shares), list(shares.values()), k=len(tasks))
+        groups = [(TownDemonstrator(name, config, seed=seed), [task for task, one in zip(tasks, drawn) if one == name]) for name in shares]
     episodes = []
-    with tqdm(total=len(tasks), desc="demonstrations", disable=quiet or None, unit="episode") as bar:
+    with tqdm(total=len(tasks), desc="demonstrations", disable=quiet or None, unit="episode", leave=False, delay=2) as bar:
         for demonstrator, tasks in groups:
-            for start in range(0, len(tasks), 500):
-                episodes += run_episodes(tasks[start : start + 500], demonstrator, config, embed, scorer(config))
-                bar.update(len(tasks[start : start + 500]))
+            episodes += run_episodes(tasks, demonstrator, config, embed, scorer(config), lambda turns, done: bar.update(done - bar.n))
     return episodes
 
 
 def lessons(config, stream):
-    """[(share of the steps, tasks)]: in the town, stories without two-hop questions come first.
+    """[(share of the steps, its tasks in blocks)]: in the town, stories without two-hop questions come first.
 
     In those every sentence about somebody else is to be passed over, so they teach the comparison of names, on which
     all else rests, several times as fast as the full mixture does.
     """
+    def blocks(first, last, **kind):
+        for start in range(first, last, BLOCK):
+            yield [stream(index, **kind) for index in range(start, min(start + BLOCK, last))]
+
     if config.task != "town" or not config.easy_share:
-        return [(1.0, [stream(index) for index in range(config.sft_tasks)])]
+        return [(1.0, blocks(0, config.sft_tasks))]
     easy = math.ceil(config.easy_share * config.sft_tasks)
-    return [(config.easy_share, [stream(index, hops=False) for index in range(easy)]),
-            (1 - config.easy_share, [stream(index) for index in range(easy, config.sft_tasks)])]
-
-
+    return [(config.easy_share, blocks(0, easy, hops=False)), (1 - config.easy_share, blocks(easy, config.sft_tasks))]

@@ -32,17 +32,24 @@ from tasks import held_out_tasks, load_tasks
 
 
 def batches(taught, config):
-    """The batch of rows of each step. taught: [(share of the steps, rows)]; each lesson's rows come in passes, shuffled."""
+    """The batch of rows of each step. taught: [(share of the steps, blocks of rows)], the lessons one after the other."""
     rng, step = random.Random(config.seed), 0
-    for number, (share, rows) in enumerate(taught, start=1):
+    for number, (share, blocks) in enumerate(taught, start=1):
         until = config.sft_steps if number == len(taught) else step + round(share * config.sft_steps)
-        order = []
+        rows = passes(blocks, rng)
         for step in range(step, until):
-            while len(order) < config.sft_batch:
-                order += rng.sample(rows, len(rows))
-            yield order[: config.sft_batch]
-            order = order[config.sft_batch :]
+            yield list(itertools.islice(rows, config.sft_batch))
         step = until
+
+
+def passes(blocks, rng):
+    """Rows without end: shuffled block by block, as they are demonstrated, in the first pass; all together in those that follow."""
+    rows = []
+    for block in blocks:
+        rows += block
+        yield from rng.sample(block, len(block))
+    while True:
+        yield from rng.sample(rows, len(rows))
 
 
 def rows_of(turns, encode, policy):
@@ -55,28 +62,39 @@ def rows_of(turns, encode, policy):
     return rows
 
 
+def demonstrated(blocks, config, policy, embed, accelerator):
+    """Yields the rows of each block of tasks: the turns of the scripted demonstrations whose score is good enough."""
+    for number, tasks in enumerate(blocks):
+        episodes = demonstrate(tasks, config, embed, policy.count, quiet=not accelerator.is_main_process)
+        kept = [episode for episode in episodes if episode.reward >= config.keep_score]
+        if number == 0:
+            accelerator.print(f"the first {len(episodes)} demonstrations: mean score {summarize(tally(episodes))['reward']:.3f}; {len(kept)} kept")
+        if turns := [(turn.observation, turn.response.text) for episode in kept for turn in episode.turns]:
+            yield rows_of(turns, policy.encode, policy)
+
+
 def lessons_to_learn(config, policy, stream, embed, accelerator):
-    """[(share of the steps, rows)]: the demonstrations of config.demonstrations, or scripted ones, whose score is good enough."""
+    """[(share of the steps, blocks of rows)]: of config.demonstrations, or of scripted ones, which are played when their turn comes.
+
+    The first block of each is made at once: BadInput, before any training, if there is none.
+    """
     if config.demonstrations:
         rows = rows_of(recorded(config), policy.frame, policy)
         longest = max((len(prompt) for prompt, _ in rows), default=0)
         if longest > config.max_prompt_tokens:
             raise BadInput(f"{config.demonstrations}: a prompt of {longest} tokens is over --max_prompt_tokens {config.max_prompt_tokens}")
-        taught = [(1.0, rows)]
+        accelerator.print(f"{len(rows)} rows from {config.demonstrations}")
+        taught = [(1.0, iter([rows] if rows else []))]
     else:
-        taught = []
-        for share, tasks in lessons(config, stream):
-            episodes = demonstrate(tasks, config, embed, policy.count, quiet=not accelerator.is_main_process)
-            kept = [episode for episode in episodes if episode.reward >= config.keep_score]
-            turns = [(turn.observation, turn.response.text) for episode in kept for turn in episode.turns]
-            taught.append((share, rows_of(turns, policy.encode, policy)))
-            accelerator.print(f"{len(episodes)} demonstrations, mean score {summarize(tally(episodes))['reward']:.3f}; {len(kept)} kept")
-    for _, rows in taught:
-        if not rows:
+        taught = [(share, demonstrated(blocks, config, policy, embed, accelerator)) for share, blocks in lessons(config, stream)]
+    begun = []
+    for share, blocks in taught:
+        first = next(blocks, None)
+        if not first:
             raise BadInput(f"no demonstration reached --keep_score {config.keep_score}: nothing to learn from (questions of a saved set "
                            "that have no \"support\" cannot be demonstrated by a script: use a --teacher)")
-        accelerator.print(f"{len(rows)} rows" + (f" from {config.demonstrations}" if config.demonstrations else ""))
-    return taught
+        begun.append((share, itertools.chain([first], blocks)))
+    return begun
 
 
 # --- the trainer ---------------------------------------------------------------------------------------------------
