@@ -12,8 +12,8 @@ import os
 import re
 import threading
 import time
-from collections import Counter
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections import Counter, deque
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -53,13 +53,19 @@ class Endpoint:
             print(f"{self.file} holds {len(self.known)} answers, which are not asked for again; --overwrite begins it anew")
 
     def complete(self, conversations, max_tokens, temperature):
-        """A Completion for each list of messages, `in_flight` of them asked for at the same time.
+        """A Completion for each list of messages; see serve."""
+        served = self.serve(deque(enumerate(conversations)), lambda item: item[1], max_tokens, temperature)
+        answers = {number: completion for some in served for (number, _), completion in some}
+        return [answers[number] for number in range(len(conversations))]
+
+    def serve(self, waiting, conversation, max_tokens, temperature):
+        """Yields [(item, its Completion)], some at a time, until the deque `waiting`, to which the caller may append between two
+        yields, is empty. conversation(item) -> a list of messages; `in_flight` of them are asked for at the same time.
 
         The same conversation asked for again gets another sample, unless `temperature` is 0. BadInput when the server cannot be
         reached or refuses; what others answer meanwhile is kept.
         """
-        keys = [self.key(messages, max_tokens, temperature) for messages in conversations]
-        missing = {key: messages for key, messages in zip(keys, conversations) if key not in self.known}
+        asked = {}  # key: (Future, the items that wait for it)
         with open(self.file, "a", encoding="utf-8") as file, ThreadPoolExecutor(self.in_flight) as threads:
             def work(key, messages):
                 completion = self.ask(messages, max_tokens, temperature)
@@ -68,13 +74,27 @@ class Endpoint:
                     file.write(json.dumps({"key": key, **asdict(completion)}) + "\n")
                     file.flush()
 
-            waiting = [threads.submit(work, *item) for item in missing.items()]
             try:
-                for done in as_completed(waiting):
-                    done.result()
+                while waiting or asked:
+                    answered = []
+                    while waiting:
+                        messages = conversation(item := waiting.popleft())
+                        key = self.key(messages, max_tokens, temperature)
+                        if key in self.known:
+                            answered.append((item, self.known[key]))
+                            continue
+                        if key not in asked:
+                            asked[key] = threads.submit(work, key, messages), []
+                        asked[key][1].append(item)
+                    if not answered:
+                        wait([future for future, _ in asked.values()], return_when=FIRST_COMPLETED)
+                    for key in [key for key, (future, _) in asked.items() if future.done()]:
+                        future, items = asked.pop(key)
+                        future.result()
+                        answered += [(item, self.known[key]) for item in items]
+                    yield answered
             finally:
                 threads.shutdown(cancel_futures=True)
-        return [self.known[key] for key in keys]
 
     def key(self, messages, max_tokens, temperature):
         """What names a question in the file; of questions asked again the number of times counts."""
@@ -137,14 +157,23 @@ class EndpointPolicy:
             fit(observation, lambda o: sum(self.count([system["content"], render(o)])), self.config.max_prompt_tokens)
         return [[system, {"role": "user", "content": render(observation)}] for observation in observations]
 
+    def serve(self, waiting):
+        """See agent.waves; here each episode goes on as soon as it has its answer."""
+        config = self.config
+        for some in self.endpoint.serve(waiting, lambda item: self.encode([item[1]])[0], config.max_response_tokens, self.temperature):
+            yield [(item, response_to(completion)) for item, completion in some]
+
     def respond(self, observations):
         """One sampled Response for each observation."""
-        completions = self.endpoint.complete(self.encode(observations), self.config.max_response_tokens, self.temperature)
-        return [Response(c.text, c.tokens, truncated=c.truncated) for c in completions]
+        return list(map(response_to, self.endpoint.complete(self.encode(observations), self.config.max_response_tokens, self.temperature)))
 
     def count(self, texts, written=False):
         """rough_count, in place of the tokenizer that is not here."""
         return rough_count(texts)
+
+
+def response_to(completion):
+    return Response(completion.text, completion.tokens, truncated=completion.truncated)
 
 
 def rough_count(texts):

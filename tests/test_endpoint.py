@@ -16,7 +16,7 @@ def ask(text):
 
 
 def test_a_server_plays_episodes(serve, tmp_path, embed):
-    """Bug: prompts are not those that a local model gets, or one episode waits for another's answer."""
+    """Bug: prompts are not those that a local model gets, or one question is asked after the other."""
     def reply(messages):
         text = messages[1]["content"]
         name = text.split("Text: ")[1].split()[0] if "Text: " in text else text.split("#1 ")[1].split()[0] if "#1 " in text else ""
@@ -35,6 +35,29 @@ def test_a_server_plays_episodes(serve, tmp_path, embed):
     shown = {render(turn.observation) for episode in episodes for turn in episode.turns}
     assert {(m["role"], m["content"]) for one in server.seen for m in one["messages"]} == {
         ("system", instruction(config)), *(("user", text) for text in shown)}
+
+
+def test_no_episode_waits_for_another(serve, tmp_path, embed):
+    """Bug: all episodes wait for the slowest answer of each turn."""
+    ended = threading.Event()
+
+    def reply(messages):
+        text = messages[1]["content"]
+        if "Ben" in text and "Text: " in text:
+            return "" if ended.wait(10) else 503
+        if "Question: " in text:
+            ended.set()
+        return "<answer>Eva</answer>"
+
+    server, config = serve(reply), Config(max_prompt_tokens=1000)
+    policy = EndpointPolicy(Endpoint(server.url, "m", tmp_path / "f.jsonl", in_flight=2), config)
+    tasks = [make_task(["It rains."] * 2, (f"Who is {name}?",), ("Eva",)) for name in ("Ben", "Eva")]
+    done = []
+    episodes = run_episodes(tasks, policy, config, embed, exact_match, lambda turns, number: done.append((turns, number)))
+    assert [episode.reward for episode in episodes] == [1, 1]
+    assert done[2] == (1, 1) and done[-1][1] == 2  # three turns of one, while the other's first one was under way
+    many = Endpoint(server.url, "m", tmp_path / "g.jsonl", 2).complete([[*ask("x"), *ask("y")]] * 2, 5, 0.0)
+    assert many[0] == many[1] and sum(len(one["messages"]) == 2 and one["messages"][1]["content"] == "y" for one in server.seen) == 1  # once for both
 
 
 def test_what_was_answered_is_not_asked_again(serve, tmp_path, capsys):
