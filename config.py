@@ -77,11 +77,11 @@ class Config:
     demonstrations: str = setting("", "JSONL file of demonstrations to train on (or, with --teacher, to write); empty: scripted ones")
     keep_score: float = setting(0.5, "demonstrations with a lower task score are dropped (paper: 0.5)")
     easy_share: float = setting(0.4, "town: share of the SFT steps, the first, on stories without two-hop questions")
-    sft_steps: int = setting(1900, "optimiser steps (paper: 3 epochs)")
+    sft_steps: int = setting(1650, "optimiser steps (paper: 3 epochs)")
     sft_batch: int = setting(64, "turns per optimiser step")
     sft_lr: float = setting(5e-3, "peak learning rate: warm-up over a tenth of the steps, linear to 0 over the last 60 %")
     # --- grpo.py -------------------------------------------------------------------------------
-    grpo_steps: int = setting(50, "rollout-and-update steps")
+    grpo_steps: int = setting(75, "rollout-and-update steps")
     tasks_per_step: int = setting(8, "different tasks in one step (paper: 16)")
     group_size: int = setting(8, "episodes of each task (paper: 16)")
     updates_per_rollout: int = setting(1, "optimiser steps on each step's rollouts (paper: 1, strictly on-policy)")
