@@ -73,7 +73,7 @@ class Config:
     max_grad_norm: float = setting(1.0, "gradients are clipped to this norm")
     seed: int = setting(42, "seed of everything random (paper: 42)")
     # --- sft.py --------------------------------------------------------------------------------
-    sft_tasks: int = setting(10000, "tasks that are demonstrated, before the filter")
+    sft_tasks: int = setting(10000, "tasks that are demonstrated, before the filter; a short run needs fewer")
     demonstrations: str = setting("", "JSONL file of demonstrations to train on (or, with --teacher, to write); empty: scripted ones")
     keep_score: float = setting(0.5, "demonstrations with a lower task score are dropped (paper: 0.5)")
     easy_share: float = setting(0.4, "town: share of the SFT steps, the first, on stories without two-hop questions")
