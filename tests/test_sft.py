@@ -87,7 +87,7 @@ def test_lessons_come_in_order_and_whole():
 
 def test_demonstrations_are_played_when_they_are_needed(tiny, embed):
     """Bug: the first step waits until all 10,000 tasks are demonstrated; or a block's rows are lost, or in the order of play."""
-    config, asked = Config(sft_tasks=1000, easy_share=0.5, sft_steps=60), []
+    config, asked = Config(sft_tasks=1000, easy_share=0.5, sft_steps=60, sft_batch=64), []
 
     def stream(index, **kind):
         asked.append(index)
