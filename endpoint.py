@@ -14,7 +14,6 @@ import threading
 import time
 from collections import Counter, deque
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from huggingface_hub import InferenceClient
@@ -25,15 +24,6 @@ from config import BadInput
 TIMEOUT = 600  # seconds for one answer
 PAUSES = (1, 4, 15, 60)  # seconds before each new try
 FINAL = {400, 401, 403, 404, 405, 413, 422}  # HTTP errors that another try cannot mend
-
-
-@dataclass(frozen=True)
-class Completion:
-    """One answer of the model, and its number of tokens. `truncated`: stopped by the token limit."""
-
-    text: str
-    tokens: int
-    truncated: bool
 
 
 class Endpoint:
@@ -48,18 +38,18 @@ class Endpoint:
         if fresh:
             self.file.unlink(missing_ok=True)
         if self.file.exists():
-            self.known = {row.pop("key"): Completion(**row) for row in kept_rows(self.file, "key")}
+            self.known = {row.pop("key"): Response(**row) for row in kept_rows(self.file, "key")}
         if self.known:
             print(f"{self.file} holds {len(self.known)} answers, which are not asked for again; --overwrite begins it anew")
 
     def complete(self, conversations, max_tokens, temperature):
-        """A Completion for each list of messages; see serve."""
+        """An agent.Response for each list of messages; see serve."""
         served = self.serve(deque(enumerate(conversations)), lambda item: item[1], max_tokens, temperature)
-        answers = {number: completion for some in served for (number, _), completion in some}
+        answers = {number: response for some in served for (number, _), response in some}
         return [answers[number] for number in range(len(conversations))]
 
     def serve(self, waiting, conversation, max_tokens, temperature):
-        """Yields [(item, its Completion)], some at a time, until the deque `waiting`, to which the caller may append between two
+        """Yields [(item, its agent.Response)], some at a time, until the deque `waiting`, to which the caller may append between two
         yields, is empty. conversation(item) -> a list of messages; `in_flight` of them are asked for at the same time.
 
         The same conversation asked for again gets another sample, unless `temperature` is 0. BadInput when the server cannot be
@@ -67,34 +57,29 @@ class Endpoint:
         """
         asked = {}  # key: (Future, the items that wait for it)
         with open(self.file, "a", encoding="utf-8") as file, ThreadPoolExecutor(self.in_flight) as threads:
-            def work(key, messages):
-                completion = self.ask(messages, max_tokens, temperature)
-                with self.lock:
-                    self.known[key] = completion
-                    file.write(json.dumps({"key": key, **asdict(completion)}) + "\n")
-                    file.flush()
-
             try:
                 while waiting or asked:
-                    answered = []
                     while waiting:
                         messages = conversation(item := waiting.popleft())
                         key = self.key(messages, max_tokens, temperature)
-                        if key in self.known:
-                            answered.append((item, self.known[key]))
-                            continue
                         if key not in asked:
-                            asked[key] = threads.submit(work, key, messages), []
+                            asked[key] = threads.submit(self.answer, key, file, messages, max_tokens, temperature), []
                         asked[key][1].append(item)
-                    if not answered:
-                        wait([future for future, _ in asked.values()], return_when=FIRST_COMPLETED)
-                    for key in [key for key, (future, _) in asked.items() if future.done()]:
-                        future, items = asked.pop(key)
-                        future.result()
-                        answered += [(item, self.known[key]) for item in items]
-                    yield answered
+                    wait([future for future, _ in asked.values()], return_when=FIRST_COMPLETED)
+                    done = [asked.pop(key) for key in list(asked) if asked[key][0].done()]
+                    yield [(item, future.result()) for future, items in done for item in items]
             finally:
                 threads.shutdown(cancel_futures=True)
+
+    def answer(self, key, file, *question):
+        """The answer that is known by that key, or the server's, which is then kept in the file."""
+        if key not in self.known:
+            response = self.ask(*question)
+            with self.lock:
+                self.known[key] = response
+                file.write(json.dumps({"key": key, "text": response.text, "tokens": response.tokens, "truncated": response.truncated}) + "\n")
+                file.flush()
+        return self.known[key]
 
     def key(self, messages, max_tokens, temperature):
         """What names a question in the file; of questions asked again the number of times counts."""
@@ -104,7 +89,7 @@ class Endpoint:
         return f"{name} {self.asked[name]}"
 
     def ask(self, messages, max_tokens, temperature):
-        """One Completion from the server; what may be a passing fault is tried again."""
+        """One agent.Response from the server; what may be a passing fault is tried again."""
         pauses = list(PAUSES)
         while True:
             extra = self.extra
@@ -113,7 +98,7 @@ class Endpoint:
                 [choice], usage = answer.choices, answer.usage
                 # Of a model that thinks all the same, the thoughts are no operations.
                 text = re.sub(r"<think>.*?(</think>|$)", "", choice.message.content or "", flags=re.DOTALL)
-                return Completion(text, usage.completion_tokens if usage else rough_count([text])[0], choice.finish_reason == "length")
+                return Response(text, usage.completion_tokens if usage else rough_count([text])[0], truncated=choice.finish_reason == "length")
             except Exception as error:  # the transport's own types differ from version to version
                 status = getattr(getattr(error, "response", None), "status_code", None)
                 if status in (400, 422) and extra:
@@ -159,21 +144,15 @@ class EndpointPolicy:
 
     def serve(self, waiting):
         """See agent.waves; here each episode goes on as soon as it has its answer."""
-        config = self.config
-        for some in self.endpoint.serve(waiting, lambda item: self.encode([item[1]])[0], config.max_response_tokens, self.temperature):
-            yield [(item, response_to(completion)) for item, completion in some]
+        return self.endpoint.serve(waiting, lambda item: self.encode([item[1]])[0], self.config.max_response_tokens, self.temperature)
 
     def respond(self, observations):
         """One sampled Response for each observation."""
-        return list(map(response_to, self.endpoint.complete(self.encode(observations), self.config.max_response_tokens, self.temperature)))
+        return self.endpoint.complete(self.encode(observations), self.config.max_response_tokens, self.temperature)
 
     def count(self, texts, written=False):
         """rough_count, in place of the tokenizer that is not here."""
         return rough_count(texts)
-
-
-def response_to(completion):
-    return Response(completion.text, completion.tokens, truncated=completion.truncated)
 
 
 def rough_count(texts):
