@@ -81,7 +81,7 @@ class Config:
     sft_batch: int = setting(56, "turns per optimiser step")
     sft_lr: float = setting(5e-3, "peak learning rate: warm-up over a tenth of the steps, linear to 0 over the last 60 %")
     # --- grpo.py -------------------------------------------------------------------------------
-    grpo_steps: int = setting(60, "rollout-and-update steps")
+    grpo_steps: int = setting(75, "rollout-and-update steps")
     tasks_per_step: int = setting(8, "different tasks in one step (paper: 16)")
     group_size: int = setting(8, "episodes of each task (paper: 16)")
     updates_per_rollout: int = setting(1, "optimiser steps on each step's rollouts (paper: 1, strictly on-policy)")

@@ -294,3 +294,17 @@ def test_recomputing_layers_changes_nothing(tiny):
         assert tiny.samples == again.samples
         assert all(torch.equal(p.grad, q.grad) for p, q in zip(tiny.parameters(), again.parameters()))
     assert any(layer.training for layer in again.model.model.layers)
+
+
+def test_the_last_layer_leaves_out_nothing_that_counts(tiny):
+    """Bug: tokens that are not scored are left out of the last layer, and with them what the scored ones see of them."""
+    rows = [([5, 6, 7, 8], [9, 5, 6]), ([5], [9]), ([7, 6], [5, 8, 9, 7, 6]), ([5, 6, 7, 8], [9, 5])]
+    assert tiny.selects
+    found = []
+    for tiny.selects in (True, False):
+        tiny.zero_grad()
+        logprobs, entropy = tiny(rows)
+        (logprobs * torch.arange(len(logprobs))).sum().backward()
+        found.append([logprobs, entropy, *(p.grad for p in tiny.parameters())])
+    for one, other in zip(*found):
+        assert torch.allclose(one, other, rtol=1e-4, atol=1e-5 * other.abs().max().item())
