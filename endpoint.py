@@ -13,7 +13,7 @@ import re
 import threading
 import time
 from collections import Counter, deque
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 from huggingface_hub import InferenceClient
@@ -63,7 +63,8 @@ class Endpoint:
                         messages = conversation(item := waiting.popleft())
                         key = self.key(messages, max_tokens, temperature)
                         if key not in asked:
-                            asked[key] = threads.submit(self.answer, key, file, messages, max_tokens, temperature), []
+                            known = key in self.known
+                            asked[key] = self.at_hand(key) if known else threads.submit(self.answer, key, file, messages, max_tokens, temperature), []
                         asked[key][1].append(item)
                     wait([future for future, _ in asked.values()], return_when=FIRST_COMPLETED)
                     done = [asked.pop(key) for key in list(asked) if asked[key][0].done()]
@@ -71,15 +72,20 @@ class Endpoint:
             finally:
                 threads.shutdown(cancel_futures=True)
 
+    def at_hand(self, key):
+        """A Future of the answer that is known by that key, which nothing has to be waited for."""
+        future = Future()
+        future.set_result(self.known[key])
+        return future
+
     def answer(self, key, file, *question):
-        """The answer that is known by that key, or the server's, which is then kept in the file."""
-        if key not in self.known:
-            response = self.ask(*question)
-            with self.lock:
-                self.known[key] = response
-                file.write(json.dumps({"key": key, "text": response.text, "tokens": response.tokens, "truncated": response.truncated}) + "\n")
-                file.flush()
-        return self.known[key]
+        """The server's answer, which is kept in the file."""
+        response = self.ask(*question)
+        with self.lock:
+            self.known[key] = response
+            file.write(json.dumps({"key": key, "text": response.text, "tokens": response.tokens, "truncated": response.truncated}) + "\n")
+            file.flush()
+        return response
 
     def key(self, messages, max_tokens, temperature):
         """What names a question in the file; of questions asked again the number of times counts."""

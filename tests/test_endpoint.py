@@ -1,6 +1,7 @@
 """A server of the test's own in the place of an OpenAI-compatible one."""
 
 import threading
+from collections import deque
 
 import pytest
 from conftest import Scripted, make_task
@@ -55,7 +56,7 @@ def test_no_episode_waits_for_another(serve, tmp_path, embed):
     done = []
     episodes = run_episodes(tasks, policy, config, embed, exact_match, lambda turns, number: done.append((turns, number)))
     assert [episode.reward for episode in episodes] == [1, 1]
-    assert done[2] == (1, 1) and done[-1][1] == 2  # three turns of one, while the other's first one was under way
+    assert done[:2] == [(1, 0), (1, 0)] and done[-1][1] == 2  # one reads on, while the other's first turn is under way
     many = Endpoint(server.url, "m", tmp_path / "g.jsonl", 2).complete([[*ask("x"), *ask("y")]] * 2, 5, 0.0)
     assert many[0] == many[1] and sum(len(one["messages"]) == 2 and one["messages"][1]["content"] == "y" for one in server.seen) == 1  # once for both
 
@@ -80,6 +81,19 @@ def test_what_was_answered_is_not_asked_again(serve, tmp_path, capsys):
         Endpoint(url, model, file, 2, fresh=fresh).complete([ask("a")], 5, 0.0)
         assert len(server.seen) == before + 1  # another model's or server's answer is another
     assert file.read_text().count("\n") == 1
+
+
+def test_a_known_answer_waits_for_none(serve, tmp_path):
+    """Bug: what stands in the file is given only when a question that the server is slow with has its answer."""
+    server, slow = serve(lambda messages: "late" if slow.wait(10) else 503), threading.Event()
+    file = tmp_path / "f.jsonl"
+    slow.set()
+    Endpoint(server.url, "m", file, 1).complete([ask("a")], 5, 0.0)
+    slow.clear()
+    served = Endpoint(server.url, "m", file, 1).serve(deque(["b", "c", "a"]), ask, 5, 0.0)
+    assert [item for item, _ in next(served)] == ["a"]
+    slow.set()
+    assert sorted(item for some in served for item, _ in some) == ["b", "c"]
 
 
 def test_a_fault_loses_no_other_answer(serve, tmp_path):
