@@ -1,7 +1,7 @@
 """What things cost, each beside another way to do the same, in one run: ratios of times, with their spread over repeats.
 
     python bench.py                  all parts but the last, some minutes on two CPU cores
-    python bench.py store rollouts   some of them: store, rollouts, update, length
+    python bench.py store rollouts   some of them: store, rollouts, grpo, sft (an optimiser step), length
     python bench.py gpu              on a GPU, under ten minutes; on a CPU a trial with tiny sizes
 
 Peers are installed for this alone: pip install trl datasets langchain-community faiss-cpu. One that is missing is left out, and said so.
@@ -197,15 +197,14 @@ def our_step(policy, rows, kind):
     return lambda: grpo.update(policy, None, rows, tokens, optimizers, accelerator, config)
 
 
-def update():
-    """The time of one optimiser step, and the memory that it takes."""
-    for kind in ("grpo", "sft"):
-        peers = steps(kind)
-        against(f"{kind.upper()}: one optimiser step on 16 rows, 151,936 words", peers.pop("ours"), peers, repeats=3)
-        peaks = {label: float(subprocess.run([sys.executable, __file__, "--peak", kind, label], capture_output=True, text=True, check=True).stdout.split()[-1])
-                 for label in ("ours", *peers)}
-        for label, most in peaks.items():
-            print(f"    peak memory of {label:43} {most:8.2f} GB, of which ours takes {peaks['ours'] / most:.2f}")
+def update(kind):
+    """The time of one optimiser step, and the memory that it takes. kind: as for `steps`."""
+    peers = steps(kind)
+    against(f"{kind.upper()}: one optimiser step on 16 rows, 151,936 words", peers.pop("ours"), peers, repeats=3)
+    peaks = {label: float(subprocess.run([sys.executable, __file__, "--peak", kind, label], capture_output=True, text=True, check=True).stdout.split()[-1])
+             for label in ("ours", *peers)}
+    for label, most in peaks.items():
+        print(f"    peak memory of {label:43} {most:8.2f} GB, of which ours takes {peaks['ours'] / most:.2f}")
 
 
 def peak(kind, label):
@@ -241,7 +240,7 @@ def model_flops(model, rows):
 
     W the weights of the L layers, T the tokens of a row, R those of its response, V the vocabulary, D the width, A heads times head
     dimension: twice for each product (a multiplication and an addition), three times for forward and backward. Attention is causal, so
-    that its 12 L A T^2 are halved. Model-FLOPs utilisation (MFU) is this, divided by the time and by what the GPU can do.
+    that its 12 L A T^2 are halved; the last layer counts in full, as is usual, though policy.LastLayer does less. Model-FLOPs utilisation (MFU) is this, divided by the time and by what the GPU can do.
     """
     config = model.config
     weights = sum(p.numel() for p in model.model.layers.parameters())
@@ -308,7 +307,7 @@ def timed(work, cpu):
     return time.perf_counter() - started, result
 
 
-PARTS = {"store": store, "rollouts": rollouts, "update": update, "length": length, "gpu": gpu}
+PARTS = {"store": store, "rollouts": rollouts, "grpo": lambda: update("grpo"), "sft": lambda: update("sft"), "length": length, "gpu": gpu}
 
 
 def main():
