@@ -8,7 +8,7 @@ import grpo
 import sft
 import town
 
-SMALL = "--cpu --questions 1 --sft_tasks 3000 --sft_steps 250 --grpo_steps 40 --grpo_decay 0.5 --save_every 40".split()
+SMALL = "--cpu --questions 1 --sft_tasks 5000 --sft_steps 500 --grpo_steps 40 --grpo_decay 0.5 --save_every 40".split()
 
 
 @pytest.mark.slow
