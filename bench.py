@@ -1,6 +1,6 @@
 """What things cost, each beside another way to do the same, in one run: ratios of times, with their spread over repeats.
 
-    python bench.py                  all parts but the last, some minutes on two CPU cores
+    python bench.py                  all parts but the last; on two CPU cores 12 minutes, and ten more for TRL's GRPO step
     python bench.py store rollouts   some of them: store, rollouts, grpo, sft (an optimiser step), length
     python bench.py gpu              on a GPU, under ten minutes; on a CPU a trial with tiny sizes
 
@@ -240,7 +240,8 @@ def model_flops(model, rows):
 
     W the weights of the L layers, T the tokens of a row, R those of its response, V the vocabulary, D the width, A heads times head
     dimension: twice for each product (a multiplication and an addition), three times for forward and backward. Attention is causal, so
-    that its 12 L A T^2 are halved; the last layer counts in full, as is usual, though policy.LastLayer does less. Model-FLOPs utilisation (MFU) is this, divided by the time and by what the GPU can do.
+    that its 12 L A T^2 are halved; the last layer counts in full, as is usual, though policy.LastLayer does less. Model-FLOPs
+    utilisation (MFU) is this, divided by the time and by what the GPU can do.
     """
     config = model.config
     weights = sum(p.numel() for p in model.model.layers.parameters())

@@ -88,7 +88,7 @@ class LanguageModel(torch.nn.Module):
                            f"{config.max_response_tokens} do not fit the model's context of {room} tokens")
         self.model, self.tokenizer, self.config = model, tokenizer, config
         self.temperature = config.temperature
-        decoder = model.get_decoder()
+        decoder = model.get_decoder()  # selects: it can be asked for the hidden states of some tokens alone
         self.selects = isinstance(decoder, Qwen3Model) and not decoder.layers[-1].self_attn.sliding_window
         if self.selects:
             decoder.layers[-1].__class__ = LastLayer
@@ -172,11 +172,13 @@ class LanguageModel(torch.nn.Module):
         for layer in self.model.modules() if self.config.recompute else ():
             if isinstance(layer, GradientCheckpointingLayer):  # looks at its own flag; the others' would switch dropout on
                 layer.training = torch.is_grad_enabled()
-        # Padding stands on the right, where a causal model's real tokens never see it: no attention mask is needed.
         where = where.to(self.device)
+        scored = {"scored": where} if self.selects else {}
+        # Padding stands on the right, where a causal model's real tokens never see it: no attention mask is needed.
         with self.autocast():
-            hidden = self.model.get_decoder()(input_ids=ids.to(self.device), use_cache=False, **{"scored": where} if self.selects else {}).last_hidden_state
-        hidden = hidden if self.selects else hidden.flatten(0, 1)[where]  # (tokens of distinct rows, D)
+            hidden = self.model.get_decoder()(input_ids=ids.to(self.device), use_cache=False, **scored).last_hidden_state
+        if not self.selects:
+            hidden = hidden.flatten(0, 1)[where]  # from (B, T, D) to (tokens of distinct rows, D)
         tokens = max(1, LOGIT_SLICE // self.model.config.vocab_size)
         parts = [checkpoint(self._score, h, t, use_reentrant=False) if len(hidden) > tokens else self._score(h, t)
                  for h, t in zip(hidden.split(tokens), targets.split(tokens))]

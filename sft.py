@@ -5,8 +5,9 @@
     python sft.py --model Qwen/Qwen3-0.6B --task hotpotqa --data hotpot_train.json
     python sft.py --demonstrations taught.jsonl --model ...             a teacher's, which --teacher writes: see demonstrations.py
 
-1. Demonstrators play training tasks, a block whenever rows run out, through the agent loop, from the observation alone. In the town scripts follow a
-   mixture of workflows, one per episode, most of them poor: SFT learns the mixture, and GRPO has to find what pays.
+1. Demonstrators play training tasks, a block whenever rows run out, through the agent loop, from the observation alone. In the
+   town scripts follow a mixture of workflows, one per episode, most of them poor: SFT learns the mixture, and GRPO has to find what
+   pays.
 2. Episodes with a task score below `keep_score` are dropped, as the paper drops its teacher's.
 3. Every turn of the others is one row, (prompt, response), and the loss is the cross-entropy of the response tokens:
 
