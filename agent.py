@@ -1,47 +1,49 @@
-"""The agent: what it is shown, what it may write, and the episode loop that demonstrations, GRPO and evaluation share.
+"""The agent: what it sees, what it may write, and the episode loop that every rollout goes through.
 
-One turn: the policy sees an observation o_t = {o_env, scratchpad_t, retrieved_t} (eq. 7), rendered afresh every turn, and
-writes a response. Tags in the response are operations on the memory, executed in order (eq. 5):
+One turn: the policy sees an observation o_t = {o_env, scratchpad_t, retrieved_t} (eq. 7), rendered
+afresh each turn, and writes a response. The tags in the response are operations on the memory,
+executed in order (eq. 5):
 
-    <create_memory>text</create_memory>        append an entry
-    <read_memory>query</read_memory>           set the standing query: its TopK are shown from the next turn on (eq. 6)
-    <update_memory>2: text</update_memory>     replace the entry that is shown as number 2
-    <delete_memory>2</delete_memory>           remove it
-    <scratchpad>text</scratchpad>              rewrite the scratchpad
-    <answer>text</answer>                      answer the question asked
+    <create_memory>text</create_memory>      append an entry
+    <read_memory>query</read_memory>         set the query; its top-k are shown from now on (eq. 6)
+    <update_memory>2: text</update_memory>   replace the entry shown as number 2
+    <delete_memory>2</delete_memory>         remove it
+    <scratchpad>text</scratchpad>            rewrite the scratchpad
+    <answer>text</answer>                    answer the question asked
 
-Reading: one chunk a turn. A response with a Read and neither Create, Update nor Delete shows the same chunk again, at
-most `max_reads` times in a row. Answering: one question a turn. An answer is scored; a Read without an answer shows the
-question again, at most `max_reads` times; anything else scores 0. So an episode ends after at most
-(chunks + questions) * (1 + max_reads) turns, whatever the policy writes.
+Reading: one chunk per turn. After a Read with neither Create, Update nor Delete the same chunk is
+shown again, at most `max_reads` times in a row. Answering: one question per turn. An answer is
+scored. A Read without an answer shows the question again, at most `max_reads` times. Anything else
+scores 0. So an episode ends after at most (chunks + questions) * (1 + max_reads) turns.
 
-A malformed, switched-off or impossible operation is a counted no-op; it never stops the operations after it.
+A malformed, disabled or impossible operation is a counted no-op; the ones after it still run.
 """
 
-import itertools
 import random
 import re
-from collections import deque
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Protocol
 
-from config import OPERATIONS, BadInput
-from memory import Memory
+import numpy as np
 
-# The one place that knows the names of the tags. Mind that update_memory means different things in the two dialects.
-TAGS = {
-    "paper": {"create": "create_memory", "read": "read_memory", "update": "update_memory", "delete": "delete_memory",
-              "scratchpad": "scratchpad", "answer": "answer"},
-    "released": {"create": "add_memory", "read": "update_query", "update": "modify_memory", "delete": "delete_memory",
-                 "scratchpad": "update_memory", "answer": "final_answer"},
-}
+from config import Config
+from memory import Embedder, Entry, Memory
+from tasks import Question, Task
+
+# The one place that knows the tags. Note that update_memory means different things in the dialects.
+KINDS = ("create", "read", "update", "delete", "scratchpad", "answer")
+PAPER = "create_memory read_memory update_memory delete_memory scratchpad answer"
+RELEASED = "add_memory update_query modify_memory delete_memory update_memory final_answer"
+FORMS = {"paper": ("2", "text"), "released": ("Memory 2", r"\boxed{text}")}  # entry, answer
+TAGS = {"paper": dict(zip(KINDS, PAPER.split())), "released": dict(zip(KINDS, RELEASED.split()))}
 
 
-# --- records -------------------------------------------------------------------------------------------------------
-
-
+# --- records --------------------------------------------------------------------------------------
 @dataclass
 class Operation:
-    """One operation of a response. `error` says why it was not executed, and is empty when it was."""
+    """One operation of a response. `error` says why it was not executed; empty if it was."""
 
     kind: str  # a key of TAGS[dialect], or "unknown"
     text: str = ""  # entry text, query, scratchpad or answer
@@ -50,302 +52,283 @@ class Operation:
     error: str = ""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Observation:
-    """What the policy is shown. Reading: `chunk` is set. Answering: `question` is set (and `chunk`, if the task shows a text beside)."""
+    """What the policy sees. Reading: `chunk` is set. Answering: `question` is set."""
 
-    questions: tuple  # the texts of all the task's questions
+    questions: tuple[str, ...]  # all the task's questions
     scratchpad: str
     query: str  # the standing query; "" before the first Read
-    entries: list  # of memory.Entry, retrieved for the query; entries[i - 1] is shown as number i
+    entries: tuple[Entry, ...]  # retrieved for the query; entries[i - 1] is shown as number i
     chunk: str | None = None
     question: str | None = None
+    # Not shown: which task this is (for scripts), and the generator that the episode draws from.
+    task_id: str = ""
+    rng: random.Random = field(default_factory=lambda: random.Random(0), compare=False)
 
 
 @dataclass
 class Response:
-    """What the policy wrote. A scripted policy gives the text alone; one behind a server, no ids."""
+    """What the policy wrote. A script gives the text alone; a server gives no ids."""
 
     text: str
-    tokens: int = 0  # how many were sampled, the end token included; 0: the text is a script's
-    prompt_ids: list = field(default_factory=list)  # the very ids that were sampled from
-    ids: list = field(default_factory=list)  # the very ids that were sampled, the end token included when it was
-    logprobs: list = field(default_factory=list)  # of each of `ids`, under the distribution that was sampled
+    tokens: int = 0  # number of sampled tokens, the end token included; 0: written by a script
+    prompt_ids: list[int] = field(default_factory=list)
+    ids: list[int] = field(default_factory=list)  # exactly as sampled, the end token included
+    logprobs: list[float] = field(default_factory=list)  # of `ids`, under the sampling distribution
     truncated: bool = False  # stopped by the token limit
+    observation: Observation | None = None  # as it was shown, if it had to be shortened
 
 
 @dataclass
 class Turn:
     observation: Observation
     response: Response
-    operations: list  # of Operation
-    position: int  # of the chunk or question, as in Episode
+    operations: list[Operation]
+    position: int  # index of the chunk or question, as in Episode
 
 
 @dataclass
 class Episode:
-    """One task's way through the agent loop. `answers` and `scores` stand in the order of `task.questions`."""
+    """One pass through a task. `answers` and `scores` are in the order of `task.questions`."""
 
-    task: object  # tasks.Task
+    task: Task
     memory: Memory
-    turns: list = field(default_factory=list)
-    answers: list = field(default_factory=list)  # None where no answer was given
-    scores: list = field(default_factory=list)
+    rng: random.Random = field(default_factory=lambda: random.Random(0))
+    turns: list[Turn] = field(default_factory=list)
+    answers: list[str | None] = field(default_factory=list)  # None: no answer was given
+    scores: list[float] = field(default_factory=list)
     query: str = ""
-    query_vector: object = None  # (d,)
-    position: int = 0  # chunks read and questions dealt with so far
-    reads: int = 0  # how often a Read has shown the present chunk or question again
+    query_vector: np.ndarray | None = None  # (d,)
+    position: int = 0  # chunks read plus questions answered so far
+    reads: int = 0  # how often a Read has shown the current chunk or question again
 
     @property
-    def done(self):
+    def done(self) -> bool:
         return self.position == len(self.task.chunks) + len(self.task.questions)
 
     @property
-    def answered(self):
-        """[(answer, question)] of the questions that got one."""
-        return [(answer, question) for answer, question in zip(self.answers, self.task.questions) if answer is not None]
-
-    @property
-    def reward(self):
+    def reward(self) -> float:
         """The mean score over all the task's questions, within [0, 1]."""
         return sum(self.scores) / len(self.task.questions)
 
 
-# --- prompts -------------------------------------------------------------------------------------------------------
+class Policy(Protocol):
+    """A script, a server or a language model: one response for each observation."""
 
-DESCRIPTIONS = {
-    "create": "<{tag}>a fact</{tag}> adds an entry to the memory.",
-    "read": "<{tag}>what to look for</{tag}> searches the memory. The entries that fit best are shown from the next turn "
-            "on, until you search for something else. If you add, change or remove nothing in the same turn, you see the "
-            "present text or question once more, with what was found beside it.",
-    "update": "<{tag}>{number}: new text</{tag}> replaces the entry that is shown as number 2. Use it when the text "
-              "brings a newer truth about something you already hold.",
-    "delete": "<{tag}>{number}</{tag}> removes the entry that is shown as number 2, when it is no longer true or of no use.",
-    "scratchpad": "<{tag}>text</{tag}> rewrites your scratchpad, a short note that is always shown. What you do not "
-                  "repeat in it is lost.",
-    "answer": "<{tag}>{answer}</{tag}> answers the question. Write only the answer itself, a few words at most.",
+    def respond(self, observations: list[Observation]) -> list[Response]: ...
+
+
+# --- prompts --------------------------------------------------------------------------------------
+
+USAGE = {
+    "create": "<{tag}>a fact</{tag}> stores it as a new entry.",
+    "read": "<{tag}>a query</{tag}> shows the best matching entries from the next turn on.",
+    "update": "<{tag}>{number}: new text</{tag}> replaces entry #2, when the text has newer facts.",
+    "delete": "<{tag}>{number}</{tag}> removes entry #2.",
+    "scratchpad": "<{tag}>a note</{tag}> rewrites your scratchpad, which is always shown.",
+    "answer": "<{tag}>{answer}</{tag}> answers the Question in a few words.",
 }
 
 
-def instruction(config):
-    """The system message for pretrained models. An operation that is switched off is not mentioned, nor, without any, a memory."""
-    released = config.dialect == "released"
-    lines = []
-    for kind, tag in TAGS[config.dialect].items():
-        if kind == "answer" or config.enabled(kind):
-            lines.append("- " + DESCRIPTIONS[kind].format(tag=tag, number="Memory 2" if released else "2",
-                                                          answer=r"\boxed{text}" if released else "text"))
-    if not any(map(config.enabled, OPERATIONS)):
-        return f"You are asked a question. You may be shown a text, or parts of one, with it.\n{lines[0]}\nWrite nothing but that."
-    return ("You read a long text piece by piece, and answer questions about it afterwards, when the text is gone: only "
-            "your memory and your scratchpad are left then. First you are shown the questions and one piece of the text "
-            "each turn; keep what the answers will need. Later you are shown one question at a time, without the text.\n"
-            "In each turn, write any of these, in the order in which they shall happen:\n" + "\n".join(lines) + "\n"
-            "Write nothing but that; where a piece of text holds nothing of use, write nothing at all.")
+def instruction(config: Config) -> str:
+    """The system message for pretrained models. Operations that are disabled are not mentioned."""
+    number, answer = FORMS[config.dialect]
+    tags = TAGS[config.dialect].items()
+    shown = [(kind, tag) for kind, tag in tags if kind == "answer" or config.enabled(kind)]
+    usage = [USAGE[kind].format(tag=tag, number=number, answer=answer) for kind, tag in shown]
+    if len(usage) == 1:
+        return f"You are asked a question, with or without a text. Write only this:\n{usage[0]}"
+    return (
+        "You read a long text piece by piece, then answer questions without it. Keep in memory "
+        "what the answers need. Write only these, or nothing:\n" + "\n".join(usage)
+    )
 
 
-def render(observation):
-    """The observation as text: the same block for every model.
+def render(observation: Observation) -> str:
+    """The observation as text, the same for every model.
 
-    Two things help a small model. The standing query, with which it compares the names that it has just read, stands last,
-    next to its response. And an entry's number is written in another way than Update writes it: after "1: Anna lives in"
-    a copying head would go on with the old value.
+    Two details help a small model. The standing query comes last, next to the response, because it
+    is compared with the text. Entries are numbered "#1" and Update writes "1: ", because a model
+    that copies would otherwise continue with the old value.
     """
-    lines = [f"Question: {observation.question}" if observation.question else "Questions: " + " ".join(observation.questions)]
+    if observation.question:
+        lines = [f"Question: {observation.question}"]
+    else:
+        lines = ["Questions: " + " ".join(observation.questions)]
     if observation.chunk is not None:
         lines.append(f"Text: {observation.chunk}")
     lines.append(f"Scratchpad: {observation.scratchpad}")
-    lines += [f"#{number} {entry.text}" for number, entry in enumerate(observation.entries, start=1)]
-    return "\n".join([*lines, f"Query: {observation.query}"])
+    lines += [f"#{number} {entry.text}" for number, entry in enumerate(observation.entries, 1)]
+    lines.append(f"Query: {observation.query}")
+    return "\n".join(lines)
 
 
-def fit(observation, size, limit):
-    """Shorten an observation until size(observation), the tokens of its prompt, is within `limit`.
-
-    A text beside a question loses its end; entries are left out, the least similar first; then the policy's own scratchpad and
-    query are cut short. BadInput when the task alone is too long.
-    """
-    while (tokens := size(observation)) > limit:
-        if observation.question and observation.chunk:
-            observation.chunk = observation.chunk[: len(observation.chunk) * limit // tokens * 99 // 100]
-        elif observation.entries:
-            observation.entries.pop()
-        elif longer := max(observation.scratchpad, observation.query, key=len):
-            name = "scratchpad" if observation.scratchpad == longer else "query"
-            setattr(observation, name, longer[: len(longer) // 2])
-        else:
-            raise BadInput(f"a prompt of {tokens} tokens, of text and questions alone, is over --max_prompt_tokens {limit}: "
-                           "raise it, or lower --chunk_tokens or --questions")
-
-
-# --- the grammar ---------------------------------------------------------------------------------------------------
+# --- the grammar ----------------------------------------------------------------------------------
 
 TAG = re.compile(r"<(/?)([a-z_]{1,24})>")  # bounded, so that matching is linear in the text
-NUMBER = re.compile(r"(?:Memory\s+)?([0-9]{1,6})\s*(?::\s*(.*))?", re.DOTALL)
+NUMBERED = {
+    "update": re.compile(r"(?:Memory\s+)?([0-9]{1,6})\s*:\s*(.+)", re.DOTALL),
+    "delete": re.compile(r"(?:Memory\s+)?([0-9]{1,6})()"),
+}
 
 
-def parse(text, config):
-    """The operations that a response asks for, in order; those that cannot be executed carry an `error`.
+def parse(text: str, config: Config) -> list[Operation]:
+    """The operations that a response asks for, in order. Invalid ones carry an `error`.
 
-    Text outside tags is ignored. A tag that never closes ends where the next one opens. Tags are not nested: inside an
-    operation only its own closing tag, or the opening of another operation, means anything.
+    Text outside tags is ignored. A tag that never closes ends where the next one opens. Tags do
+    not nest: inside an operation only its own closing tag, or another opening tag, counts.
     """
     kinds = {tag: kind for kind, tag in TAGS[config.dialect].items()}
-    operations, opened = [], None  # opened: (kind, where its content starts)
+    operations, kind, start = [], None, 0  # kind: the open tag; start: that of its content
     for match in TAG.finditer(text):
-        closing, kind = match[1] == "/", kinds.get(match[2], "unknown")
-        if closing and opened and kind == opened[0]:
-            operations.append(build(kind, text[opened[1] : match.start()].strip(), config))
-            opened = None
-        elif closing or kind == "unknown":
-            if not opened:
-                operations.append(Operation(kind, match[0], error="a closing tag alone" if closing else "unknown tag"))
+        closing, found = match[1] == "/", kinds.get(match[2], "unknown")
+        if closing and found == kind:
+            operations.append(build(kind, text[start : match.start()].strip(), config))
+            kind = None
+        elif closing or found == "unknown":
+            if kind is None:
+                error = "a closing tag alone" if closing else "unknown tag"
+                operations.append(Operation(found, match[0], error=error))
         else:
-            if opened:
-                operations.append(Operation(opened[0], error="never closed"))
-            opened = kind, match.end()
-    if opened:
-        operations.append(Operation(opened[0], error="never closed"))
+            if kind is not None:
+                operations.append(Operation(kind, error="never closed"))
+            kind, start = found, match.end()
+    if kind is not None:
+        operations.append(Operation(kind, error="never closed"))
     return operations
 
 
-def build(kind, content, config):
-    """The operation that one tag and its content make."""
+def build(kind: str, content: str, config: Config) -> Operation:
+    """The operation made of one tag and its content."""
     operation = Operation(kind, content)
     if kind != "answer" and not config.enabled(kind):
         operation.error = "switched off"
-    elif kind in ("update", "delete"):
-        match = NUMBER.fullmatch(content)
-        operation.number = int(match[1]) if match else 0
-        operation.text = (match[2] or "").strip() if match else ""
-        if not match:
-            operation.error = "no entry number"
-        elif kind == "update" and not operation.text:
-            operation.error = "empty text"
-        elif kind == "delete" and operation.text:
-            operation.error = "text after the entry number"
+    elif kind in NUMBERED:
+        if match := NUMBERED[kind].fullmatch(content):
+            operation.number, operation.text = int(match[1]), match[2]
+        else:
+            operation.error = "not an entry number" + " and a text" * (kind == "update")
     elif kind == "answer" and config.dialect == "released":
         operation.text = unbox(content)
-    if not operation.error and not operation.text and kind not in ("delete", "scratchpad"):  # a note may be wiped
+    if kind in ("create", "read", "answer") and not operation.text and not operation.error:
         operation.error = "empty text"
     return operation
 
 
-def unbox(text):
-    r"""What stands in the last `\boxed{...}` of `text`, braces balanced, or after a bare `\boxed `; "" without either.
-
-    >>> unbox(r"so it is \boxed{f_{1}}.")
-    'f_{1}'
-    """
+def unbox(text: str) -> str:
+    r"""The content of the last `\boxed{...}` (braces balanced) or bare `\boxed ...`, else ""."""
     _, _, rest = text.rpartition(r"\boxed")
     if rest.startswith(" "):
         return rest.partition("$")[0].strip()
     depth = 0
-    for end, character in enumerate(rest if rest.startswith("{") else ""):
+    for end, character in enumerate(rest):
         depth += (character == "{") - (character == "}")
-        if depth == 0:
+        if depth <= 0:
             return rest[1:end].strip()
     return ""
 
 
-# --- the episode loop ----------------------------------------------------------------------------------------------
+# --- the episode loop -----------------------------------------------------------------------------
+def run_episodes(
+    tasks: list[Task],
+    policy: Policy,
+    config: Config,
+    embed: Embedder,
+    score: Callable[[str, Question], float],
+    seed: int = 0,
+    progress: Callable[[list[Episode]], None] = lambda episodes: None,
+) -> list[Episode]:
+    """One finished episode for each task, in order. All advance together, one turn at a time.
 
-
-def run_episodes(tasks, policy, config, embed, score, progress=lambda turns, done: None, begin=None, seed=0):
-    """Run one episode for each task, all side by side, and return them in the order of `tasks`.
-
-    policy: has respond(observations) -> responses, one for each; or, so that episodes go on by themselves, serve(waiting), as
-    `waves` below. embed(texts, query=False) -> (B, d) unit vectors, for as many texts at once as there are. score(answer, question)
-    -> a number in [0, 1]. `progress` is told how many turns were taken, now and then, and how many episodes are done. begin(task)
-    makes the Episode, if not one with an empty memory.
-
-    What an episode draws at random hangs on config.seed, `seed`, its task's id and how many episodes of that task come before it,
-    and not on what else is played beside it; but tokens of a server and of transformers' continuous batching are drawn there.
+    score(answer, question) is within [0, 1]. progress(episodes) is called after each turn.
+    Each episode has its own generator, seeded by config.seed, `seed`, the task id and its index
+    among the episodes of that task. So what it draws does not depend on its neighbours.
     """
-    episodes = [begin(task) if begin else Episode(task, Memory(config.capacity)) for task in tasks]
-    times = {task.id: itertools.count() for task in tasks}
-    chances = [random.Random(f"{config.seed} {seed} {task.id} {next(times[task.id])}") for task in tasks]
-
-    def turn(number):
-        return number, observe(episodes[number], config, chances[number]), chances[number]
-
-    waiting = deque(turn(number) for number, episode in enumerate(episodes) if not episode.done)
-    for answered in policy.serve(waiting) if hasattr(policy, "serve") else waves(policy, waiting):
-        parsed = [parse(response.text, config) for _, response in answered]
-        vectors = embed_all([operation for operations in parsed for operation in operations], embed)
-        for ((number, observation, _), response), operations in zip(answered, parsed):
-            take_turn(episodes[number], observation, response, operations, vectors, config, score)
-            if not episodes[number].done:
-                waiting.append(turn(number))
-        progress(len(answered), sum(episode.done for episode in episodes))
+    seen, episodes = Counter(), []
+    for task in tasks:
+        rng = random.Random(f"{config.seed} {seed} {task.id} {seen[task.id]}")
+        episodes.append(Episode(task, Memory(config.capacity), rng))
+        seen[task.id] += 1
+    continue_episodes(episodes, policy, config, embed, score, progress)
     return episodes
 
 
-def waves(policy, waiting):
-    """Yields [(item, its Response)], some at a time, until the deque `waiting`, to which the caller appends between two yields, is empty.
+def continue_episodes(episodes, policy, config, embed, score, progress=lambda episodes: None):
+    """Play the given episodes to their end, in place. The arguments are those of run_episodes."""
+    while active := [episode for episode in episodes if not episode.done]:
+        observations = [observe(episode, config) for episode in active]
+        responses = policy.respond(observations)
+        parsed = [parse(response.text, config) for response in responses]
+        vectors = embed_operations([one for operations in parsed for one in operations], embed)
+        for turn in zip(active, observations, responses, parsed):
+            take_turn(*turn, vectors, config, score)
+        progress(episodes)
 
-    An item is (the episode's number, observation, the episode's random.Random). Here all that waits is answered together.
-    """
-    while items := list(waiting):
-        waiting.clear()
-        yield list(zip(items, policy.respond([observation for _, observation, _ in items])))
 
-
-def observe(episode, config, rng):
-    """o_t of eq. 7. The search is done anew each turn: the query stands, but the entries change."""
+def observe(episode: Episode, config: Config) -> Observation:
+    """o_t of eq. 7. It searches anew each turn: the query stays, but the entries change."""
+    task, memory = episode.task, episode.memory
     entries = []
     if episode.query and config.retrieval == "random":
-        entries = episode.memory.sample(rng, config.top_k)
+        entries = memory.sample(episode.rng, config.top_k)
     elif episode.query:
-        entries = episode.memory.search(episode.query_vector, config.top_k)
-    questions = tuple(question.text for question in episode.task.questions)
-    observation = Observation(questions, episode.memory.scratchpad, episode.query, entries)
-    asked = episode.position - len(episode.task.chunks)
-    if asked < 0:
-        observation.chunk = episode.task.chunks[episode.position]
-    else:
-        observation.question, observation.chunk = questions[asked], episode.task.beside or None
-    return observation
+        entries = memory.search(episode.query_vector, config.top_k)
+    questions = tuple(question.text for question in task.questions)
+    reading = episode.position < len(task.chunks)
+    return Observation(
+        questions,
+        memory.scratchpad,
+        episode.query,
+        tuple(entries),
+        chunk=task.chunks[episode.position] if reading else task.context or None,
+        question=None if reading else questions[episode.position - len(task.chunks)],
+        task_id=task.id,
+        rng=episode.rng,
+    )
 
 
-def embed_all(operations, embed):
-    """{(text, is it a query?): vector} for everything that the operations store or look for; two calls at most."""
+def embed_operations(operations: list[Operation], embed: Embedder) -> dict:
+    """{(text, is_query): vector} of all that is stored or searched, in at most two calls."""
     vectors = {}
-    for query, kinds in ((False, ("create", "update")), (True, ("read",))):
-        texts = list(dict.fromkeys(o.text for o in operations if o.kind in kinds and not o.error))
-        if texts:
-            vectors |= {(text, query): vector for text, vector in zip(texts, embed(texts, query=query))}
+    for is_query, kinds in ((False, ("create", "update")), (True, ("read",))):
+        wanted = (one.text for one in operations if one.kind in kinds and not one.error)
+        texts = list(dict.fromkeys(wanted))
+        for text, vector in zip(texts, embed(texts, query=is_query) if texts else ()):
+            vectors[text, is_query] = vector
     return vectors
 
 
 def take_turn(episode, observation, response, operations, vectors, config, score):
-    """Execute one response and move on, by the turn rules at the top of this file."""
-    asked = episode.position - len(episode.task.chunks)  # which question; negative while reading
+    """Execute one response and advance the episode, by the turn rules at the top of this file."""
+    observation = response.observation or observation
+    answering = observation.question is not None
     answer = None
     for operation in operations:
         if operation.error:
             continue
         if operation.kind != "answer":
             execute(operation, episode, observation, vectors)
-        elif asked < 0:
-            operation.error = "an answer while reading"
-        else:
+        elif answering:
             answer = operation.text
+        else:
+            operation.error = "an answer while reading"
     episode.turns.append(Turn(observation, response, operations, episode.position))
-    done = {operation.kind for operation in operations if not operation.error}
-    look_again = "read" in done and (answer is None if asked >= 0 else not done & {"create", "update", "delete"})
-    if look_again and episode.reads < config.max_reads:
+    executed = {operation.kind for operation in operations if not operation.error}
+    finished = answer is not None if answering else executed & {"create", "update", "delete"}
+    if "read" in executed and not finished and episode.reads < config.max_reads:
         episode.reads += 1
         return
+    if answering:
+        question = episode.task.questions[len(episode.answers)]
+        episode.answers.append(answer)
+        episode.scores.append(0.0 if answer is None else score(answer, question))
     episode.reads = 0
     episode.position += 1
-    if asked >= 0:
-        episode.answers.append(answer)
-        episode.scores.append(0.0 if answer is None else score(answer, episode.task.questions[asked]))
 
 
-def execute(operation, episode, observation, vectors):
-    """Apply a_k of eq. 5, one well-formed operation, to the episode's memory; set its id, or its error."""
+def execute(operation: Operation, episode: Episode, observation: Observation, vectors: dict):
+    """Apply one well-formed operation, a_k of eq. 5. Sets its `id` or its `error`."""
     memory = episode.memory
     if operation.kind == "read":
         episode.query, episode.query_vector = operation.text, vectors[operation.text, True]
@@ -359,7 +342,9 @@ def execute(operation, episode, observation, vectors):
         operation.error = "no entry of that number is shown"
     else:
         operation.id = observation.entries[operation.number - 1].id
-        done = (memory.delete(operation.id) if operation.kind == "delete"
-                else memory.update(operation.id, operation.text, vectors[operation.text, False]))
-        if not done:
-            operation.error = "that entry has been deleted in this turn"
+        if operation.kind == "delete":
+            found = memory.delete(operation.id)
+        else:
+            found = memory.update(operation.id, operation.text, vectors[operation.text, False])
+        if not found:
+            operation.error = "that entry was deleted earlier in this response"

@@ -1,246 +1,276 @@
-"""One flat dataclass holds every setting; the command line of each script is made from it.
+"""One flat dataclass holds every setting, and each script's command line is made from it.
 
-    python sft.py --seed 1 --questions 2        any field is a flag; an unknown flag is an error
-    python sft.py --preset paper --data F ...   start from the paper's settings instead of the town's
-    python grpo.py --from runs/town/sft         start from the settings saved in a run folder
-    python grpo.py --resume runs/town/grpo      go on with a run that was stopped, from its newest checkpoint
+    python sft.py --seed 1 --questions 2         any field is a flag
+    python sft.py --preset paper --data FILE     start from the paper's settings
+    python grpo.py --from runs/town/sft          start from the settings and the model of a run
+    python grpo.py --resume runs/town/grpo       continue a stopped run from its newest checkpoint
 
-Later wins: field defaults < preset < saved run < flags.
+Later sources win: field defaults < --preset < --from < flags.
 """
 
 import dataclasses
 import json
 import os
+from argparse import ArgumentParser, Namespace
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from transformers import HfArgumentParser
 
 TASKS = ("town", "hotpotqa", "2wikimultihopqa", "musique", "saved")
+TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio", "swanlab", "comet_ml", "aim", "clearml")
 OPERATIONS = ("create", "read", "update", "delete", "scratchpad")
-# What may differ when a run is resumed: its length (and with it the learning-rate schedule and the lessons' borders), its
-# logging, its device.
+# Settings that may change when a run is resumed: its length, its logging and its device.
 MAY_CHANGE = ("sft_steps", "grpo_steps", "save_every", "log_with", "cpu")
-# For parse_args' `extra` in the two trainers.
-RESUME = ("--resume", dict(metavar="RUN", help="go on with this run, from its newest checkpoint"))
+NOT_SAVED = ("name", "overwrite")  # they belong to one command, not to the run's settings
 
 
 class BadInput(SystemExit, ValueError):
-    """The user's mistake, told in one sentence. Uncaught, it ends a script with that sentence and no traceback."""
+    """The user's mistake in one sentence. Uncaught, it ends a script without a traceback."""
 
 
-def setting(default, help):
-    """A dataclass field whose `help` is its documentation here and in --help."""
-    make = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
+def setting(default, help: str):
+    """A dataclass field. `help` documents it here and in --help."""
+    make = {"default_factory": lambda: list(default)} if isinstance(default, list) else {}
+    make = make or {"default": default}
     return field(**make, metadata={"help": help.replace("%", "%%")})  # argparse formats it
 
 
 @dataclass
 class Config:
-    # --- the task ------------------------------------------------------------------------------
-    task: str = setting("town", "what is read and asked: town; hotpotqa, 2wikimultihopqa, musique; saved (a set of tasks as JSONL)")
-    data: str = setting("", "data file in the set's original format (saved: as tasks.py writes; the town needs none)")
-    questions: int = setting(2, "questions per task; 0: 1 to 10 at random, p(1) = 0.5 (paper: 1 to 10); town: at most 4")
+    # --- the task -----------------------------------------------------------------------------
+    task: str = setting("town", "town, hotpotqa, 2wikimultihopqa, musique, or saved (a JSONL set)")
+    data: str = setting("", "data file, in the set's own format; the town needs none")
+    questions: int = setting(2, "per task; 0: 1 to 10 at random (paper); town: at most 4")
     length: int = setting(1, "town: story length, in multiples of the training length")
-    documents: int = setting(200, "QA: documents per task (paper: 200 in training; 200, 400, 800 in tests)")
-    order: int = setting(0, "QA: 0: the documents in the order that the task was built in; N: in another one, the N-th")
+    documents: int = setting(200, "QA: per task (paper: 200 in training; 200, 400, 800 in tests)")
+    order: int = setting(0, "QA: N > 0 shuffles each task's documents into its N-th other order")
     chunk_tokens: int = setting(384, "QA: most tokens of text shown at once (paper: 4096)")
-    # --- the memory ----------------------------------------------------------------------------
+    # --- the memory ---------------------------------------------------------------------------
     top_k: int = setting(4, "entries shown for the standing query (paper: 6)")
-    capacity: int = setting(0, "most entries a store can hold; 0: no limit (paper: none; 20 in Appendix C)")
-    embedder: str = setting("hashed", "'hashed' (bag of words, no download) or an encoder's hub name or folder")
-    retrieval: str = setting("similarity", "'similarity', or 'random' for the ablation of the paper's Table 4")
-    # --- the agent -----------------------------------------------------------------------------
-    disable: list[str] = setting([], "operations switched off: any of create read update delete scratchpad")
-    dialect: str = setting("paper", "names of the tags: 'paper', or 'released' for the released checkpoint")
-    max_reads: int = setting(3, "times in a row that a Read may show the same chunk or question again")
-    max_prompt_tokens: int = setting(256, "longest prompt; the least similar entries are left out to fit (paper: 16384)")
+    capacity: int = setting(0, "most entries in a store; 0: no limit (paper: 20 in Appendix C)")
+    embedder: str = setting("hashed", "'hashed' (bag of words), or an encoder's hub name or folder")
+    retrieval: str = setting("similarity", "'similarity', or 'random' (the paper's Table 4)")
+    # --- the agent ----------------------------------------------------------------------------
+    disable: list[str] = setting([], "operations to switch off: create read update ...")
+    dialect: str = setting("paper", "tag names: 'paper', or 'released' (the released checkpoint)")
+    max_reads: int = setting(3, "times in a row that a Read may show the same chunk or question")
+    max_prompt_tokens: int = setting(256, "longest prompt; entries are left out (paper: 16384)")
     max_response_tokens: int = setting(20, "longest response of one turn (paper: 4096)")
-    # --- the policy ----------------------------------------------------------------------------
-    model: str = setting("", "causal LM: hub name, folder, or run folder; empty: a tiny Qwen3 made from scratch (paper: Qwen3-8B)")
-    endpoint: str = setting("", "URL of an OpenAI-compatible server that plays --model, in evaluate.py and for sft.py --teacher")
-    in_flight: int = setting(32, "most questions that --endpoint is asked at the same time")
+    # --- the policy ---------------------------------------------------------------------------
+    model: str = setting("", "causal LM: hub name or folder; empty: a new tiny Qwen3 (paper: 8B)")
+    endpoint: str = setting("", "URL of an OpenAI-compatible server that serves --model")
+    in_flight: int = setting(32, "most requests to --endpoint at the same time")
     hidden_size: int = setting(128, "tiny model: width")
     layers: int = setting(3, "tiny model: depth")
-    heads: int = setting(4, "tiny model: attention heads of 64 dimensions each, which share their keys and values")
-    vocab_size: int = setting(4096, "tiny model on QA text: size of the byte-level BPE vocabulary")
+    heads: int = setting(4, "tiny model: attention heads of 64 dimensions")
+    vocab_size: int = setting(4096, "tiny model on QA text: size of its BPE vocabulary")
     temperature: float = setting(1.0, "sampling temperature in training (paper: 1)")
     sample_rows: int = setting(256, "prompts decoded together")
-    # --- training, both stages -----------------------------------------------------------------
-    optimizer: str = setting("muon", "'muon' (matrices; AdamW for the rest) or 'adamw'")
-    micro_batch_tokens: int = setting(2048, "most tokens, padding included, in one forward and backward pass")
-    recompute: bool = setting(False, "recompute the layers in the backward pass: a third more work, a fraction of the memory")
+    # --- training, both stages ----------------------------------------------------------------
+    optimizer: str = setting("muon", "'muon' (for matrices; AdamW for the rest) or 'adamw'")
+    micro_batch_tokens: int = setting(2048, "most tokens, padding included, in one forward pass")
+    recompute: bool = setting(False, "recompute layers in the backward pass: slower, less memory")
     max_grad_norm: float = setting(1.0, "gradients are clipped to this norm")
+    save_every: int = setting(25, "steps between checkpoints, and GRPO's held-out evaluations")
     seed: int = setting(42, "seed of everything random (paper: 42)")
-    # --- sft.py --------------------------------------------------------------------------------
-    sft_tasks: int = setting(10000, "tasks that are demonstrated, before the filter; a short run needs fewer")
-    demonstrations: str = setting("", "JSONL file of demonstrations to train on (or, with --teacher, to write); empty: scripted ones")
-    keep_score: float = setting(0.5, "demonstrations with a lower task score are dropped (paper: 0.5)")
-    easy_share: float = setting(0.4, "town: share of the SFT steps, the first, on stories without two-hop questions")
+    # --- sft.py -------------------------------------------------------------------------------
+    sft_tasks: int = setting(10000, "tasks that are demonstrated")
+    demonstrations: str = setting("", "JSONL file of a teacher's; empty: scripted ones")
+    keep_score: float = setting(0.5, "drop demonstrations with a lower score (paper: 0.5)")
+    easy_share: float = setting(0.4, "town: the first share of the steps has no two-hop questions")
     sft_steps: int = setting(2000, "optimiser steps (paper: 3 epochs)")
     sft_batch: int = setting(56, "turns per optimiser step")
-    sft_lr: float = setting(5e-3, "peak learning rate: warm-up over a tenth of the steps, linear to 0 over the last 60 %")
-    # --- grpo.py -------------------------------------------------------------------------------
+    sft_lr: float = setting(5e-3, "peak learning rate; rises over 10 %, falls over the last 60 %")
+    # --- grpo.py ------------------------------------------------------------------------------
     grpo_steps: int = setting(75, "rollout-and-update steps")
     tasks_per_step: int = setting(8, "different tasks in one step (paper: 16)")
     group_size: int = setting(8, "episodes of each task (paper: 16)")
-    updates_per_rollout: int = setting(1, "optimiser steps on each step's rollouts (paper: 1, strictly on-policy)")
+    updates_per_rollout: int = setting(1, "optimiser steps per rollout (paper: 1, on-policy)")
     grpo_lr: float = setting(1e-3, "peak learning rate (paper: 1e-6)")
-    grpo_decay: float = setting(0.8, "share of the steps, the last, over which it falls to 0 (paper: 0, constant)")
+    grpo_decay: float = setting(0.8, "it falls to 0 over this last share of the steps (paper: 0)")
     warmup_steps: int = setting(5, "steps of linear warm-up (paper's code: 20)")
-    clip_low: float = setting(0.2, "the ratio is clipped below 1 - this (paper: 0.2)")
-    clip_high: float = setting(0.28, "and above 1 + this (paper: 0.28)")
-    kl: float = setting(0.0, "weight of the KL penalty against the SFT policy; 0 loads no reference (paper: 0)")
-    save_every: int = setting(25, "steps between checkpoints, and GRPO's held-out evaluations")
-    # --- evaluation ----------------------------------------------------------------------------
-    eval_tasks: int = setting(500, "held-out tasks in evaluate.py and, up to 100, behind held_out_em in training")
+    clip_low: float = setting(0.2, "the ratio is clipped below 1 - clip_low (paper: 0.2)")
+    clip_high: float = setting(0.28, "and above 1 + clip_high (paper: 0.28)")
+    kl: float = setting(0.0, "weight of the KL penalty; 0 loads no reference model (paper: 0)")
+    # --- evaluation ---------------------------------------------------------------------------
+    eval_tasks: int = setting(500, "test tasks in evaluate.py; up to 100 held-out ones in training")
     eval_temperature: float = setting(0.0, "0: greedy (paper: 0.7)")
-    scorer: str = setting("official", "'official' EM and F1, or 'released' (the released code's string equality)")
-    # --- the run -------------------------------------------------------------------------------
-    name: str = setting("", "run folder: runs/<name>/sft and runs/<name>/grpo; empty: the task's name")
-    overwrite: bool = setting(False, "replace a finished run of the same name")
-    cpu: bool = setting(False, "stay on the CPU even when there is a GPU")
-    log_with: str = setting("", "also log to a tracker that accelerate knows: tensorboard, wandb, ...")
+    scorer: str = setting("official", "'official' EM, or 'released' (the released code's equality)")
+    # --- the run ------------------------------------------------------------------------------
+    name: str = setting("", "the run's folder is runs/NAME/sft or runs/NAME/grpo; empty: the task")
+    overwrite: bool = setting(False, "replace the run, or the output file, of that name")
+    cpu: bool = setting(False, "stay on the CPU even if there is a GPU")
+    log_with: str = setting("", "also log to this tracker: tensorboard, wandb, ...")
 
     def __post_init__(self):
         self.name = self.name or self.task
-
-        def need(condition, message):
-            if not condition:
-                raise BadInput(message)
-
-        def one_of(name, allowed):
-            need(getattr(self, name) in allowed, f"--{name} {getattr(self, name)!r} is not one of: {', '.join(allowed)}")
-
-        one_of("task", TASKS)
-        one_of("retrieval", ("similarity", "random"))
-        one_of("dialect", ("paper", "released"))
-        one_of("optimizer", ("muon", "adamw"))
-        one_of("scorer", ("official", "released"))
+        choices = {
+            "task": TASKS,
+            "retrieval": ("similarity", "random"),
+            "dialect": ("paper", "released"),
+            "optimizer": ("muon", "adamw"),
+            "scorer": ("official", "released"),
+            "log_with": ("", *TRACKERS),
+        }
+        for name, allowed in choices.items():
+            value = getattr(self, name)
+            need(value in allowed, f"--{name} {value!r} is not one of: {', '.join(allowed)}")
         for operation in self.disable:
-            need(operation in OPERATIONS, f"--disable {operation!r} is not one of: {', '.join(OPERATIONS)}")
-        need(self.task == "town" or self.data, f"--task {self.task} needs --data FILE in that set's format")
-        need(self.task != "town" or not self.data, "--data is for the QA sets; the town writes its own stories")
-        need(0 <= self.questions <= (10 if self.task != "town" else 4),
-             f"--questions {self.questions} is out of range: 0 (random) or 1 to 10 (town: 1 to 4)")
-        for name in ("length", "documents", "chunk_tokens", "top_k", "max_prompt_tokens", "max_response_tokens",
-                     "hidden_size", "layers", "heads", "sample_rows", "micro_batch_tokens", "sft_tasks",
-                     "in_flight", "sft_steps", "sft_batch", "grpo_steps", "tasks_per_step", "updates_per_rollout", "save_every",
-                     "eval_tasks"):
-            need(getattr(self, name) >= 1, f"--{name} must be at least 1, not {getattr(self, name)}")
-        longest = self.chunk_tokens + 2 * self.max_response_tokens + 512  # a full scratchpad and query, and ten questions
-        need(self.task == "town" or longest <= self.max_prompt_tokens,
-             f"--max_prompt_tokens {self.max_prompt_tokens} cannot hold --chunk_tokens {self.chunk_tokens}, a scratchpad "
-             f"and a query of --max_response_tokens {self.max_response_tokens} each, and the questions: it takes {longest}")
-        need(self.group_size >= 2, "--group_size must be at least 2: an episode is compared with its group's mean")
-        need(self.capacity >= 0 and self.max_reads >= 0, "--capacity and --max_reads cannot be negative")
-        need(self.temperature > 0, "--temperature must be above 0: training samples (evaluation: --eval_temperature 0)")
-        need(self.eval_temperature >= 0, "--eval_temperature cannot be negative (0: greedy)")
-        need(0 <= self.clip_low < 1 and self.clip_high >= 0, "--clip_low must be in [0, 1) and --clip_high at least 0")
-        need(self.kl >= 0, "--kl cannot be negative")
-        need(0 <= self.grpo_decay <= 1, "--grpo_decay is a share of the steps, between 0 and 1")
-        need(0 <= self.easy_share < 1, "--easy_share is a share of the steps, at least 0 and below 1")
-        need(0 <= self.keep_score <= 1, "--keep_score is a task score, between 0 and 1")
+            allowed = ", ".join(OPERATIONS)
+            need(operation in OPERATIONS, f"--disable {operation!r} is not one of: {allowed}")
+        for name, (low, high) in RANGES.items():
+            value = getattr(self, name)
+            bounds = f"at least {low}" + f", at most {high}" * (high < INF)
+            need(low <= value <= high, f"--{name} must be {bounds}, not {value}")
+        town = self.task == "town"
+        need(town or self.data, f"--task {self.task} needs --data FILE in that set's format")
+        need(not (town and self.data), "--data is for the QA sets: the town writes its own stories")
+        need(not town or self.questions <= 4, "--questions: a story of the town has at most 4")
+        need(self.temperature > 0, "--temperature must be above 0: training has to sample")
+        for name in ("clip_low", "easy_share"):
+            need(getattr(self, name) < 1, f"--{name} must be below 1")
+        longest = self.chunk_tokens + 2 * self.max_response_tokens + 512
+        need(
+            town or longest <= self.max_prompt_tokens,
+            f"--max_prompt_tokens {self.max_prompt_tokens} is too small: a chunk, a scratchpad, a "
+            f"query and the questions take up to {longest} (for a QA set try --preset qa)",
+        )
 
-    def enabled(self, operation):
+    def enabled(self, operation: str) -> bool:
         """Whether `operation`, one of OPERATIONS, is switched on."""
         return operation not in self.disable
 
-    def folder(self, stage):
-        """The run folder of `stage`, 'sft' or 'grpo'."""
+    def folder(self, stage: str) -> Path:
+        """The run folder of a stage, 'sft' or 'grpo'."""
         return Path("runs") / self.name / stage
 
-    def json(self):
-        """What config.json holds; not `overwrite`, which was meant for one run and must not carry over to the next stage."""
-        return json.dumps({name: value for name, value in dataclasses.asdict(self).items() if name != "overwrite"}, indent=1) + "\n"
+    def saved(self) -> dict:
+        """The settings that a run folder keeps."""
+        values = dataclasses.asdict(self)
+        return {name: value for name, value in values.items() if name not in NOT_SAVED}
 
 
-# What differs from the defaults above. 'town' is those defaults; 'qa' is a tiny model on a QA file; 'pretrained' is any
-# pretrained model; 'paper' holds the paper's settings, with the details it leaves open taken from its released code.
-PRESETS = {
-    "town": {},
-    "qa": dict(questions=0, documents=50, chunk_tokens=384, top_k=6, max_prompt_tokens=1536, max_response_tokens=192,
-               sft_tasks=100, sft_steps=400, sft_batch=32, grpo_steps=20, tasks_per_step=2, group_size=4,
-               grpo_lr=3e-4, sample_rows=64, eval_tasks=50, micro_batch_tokens=4096),
-    "pretrained": dict(questions=0, documents=50, chunk_tokens=2048, top_k=6, max_prompt_tokens=8192, max_response_tokens=1024,
-                       optimizer="adamw", sft_tasks=400, sft_steps=100, sft_batch=16, sft_lr=1e-5, grpo_steps=100,
-                       grpo_lr=1e-6, grpo_decay=0.0, warmup_steps=20, sample_rows=64, eval_tasks=50, eval_temperature=0.7,
-                       micro_batch_tokens=16384),
-    "paper": dict(task="hotpotqa", model="Qwen/Qwen3-8B", embedder="Qwen/Qwen3-Embedding-0.6B", questions=0, documents=200,
-                  chunk_tokens=4096, top_k=6, max_prompt_tokens=16384, max_response_tokens=4096, optimizer="adamw",
-                  sft_lr=1e-5, tasks_per_step=16, group_size=16, grpo_lr=1e-6, grpo_decay=0.0, warmup_steps=20,
-                  eval_temperature=0.7, sample_rows=8, micro_batch_tokens=16384, recompute=True),
+INF = float("inf")
+POSITIVE = (
+    "length documents chunk_tokens top_k max_prompt_tokens max_response_tokens in_flight "
+    "hidden_size layers heads sample_rows micro_batch_tokens save_every sft_tasks sft_steps "
+    "sft_batch grpo_steps tasks_per_step updates_per_rollout eval_tasks"
+)
+RANGES = {name: (1, INF) for name in POSITIVE.split()} | {
+    "group_size": (2, INF),  # an episode is compared with its group's mean
+    "questions": (0, 10),
+    **{name: (0, INF) for name in ("order", "capacity", "max_reads", "eval_temperature", "kl")},
+    **{name: (0, 1) for name in ("clip_low", "easy_share", "keep_score", "grpo_decay")},
+    "clip_high": (0, INF),
 }
 
 
-def parse_args(description, default_run=None, extra=()):
-    """(config, {extra flag: value, "start": --from}) from the command line.
+def need(condition, message: str):
+    """Raises BadInput with `message` unless the condition holds."""
+    if not condition:
+        raise BadInput(message)
 
-    Ends with exit status 2 and one sentence on a bad flag or value.
 
-    default_run(name) is the run folder to start from, if it is there, when --from is not given. `extra` lists flags,
-    (name, keywords of add_argument), that are the script's own and no part of the configuration.
+# What differs from the defaults. 'qa' is a tiny model on a QA file, 'pretrained' any chat model.
+# 'paper' has the paper's settings; details it leaves open are those of its released code.
+PRESETS = {
+    "town": {},
+    "qa": dict(
+        questions=0, documents=50, top_k=6, max_prompt_tokens=1536, max_response_tokens=192,
+        sft_tasks=100, sft_steps=400, sft_batch=32, grpo_steps=20, tasks_per_step=2, group_size=4,
+        grpo_lr=3e-4, sample_rows=64, eval_tasks=50, micro_batch_tokens=4096,
+    ),
+    "pretrained": dict(
+        questions=0, documents=50, chunk_tokens=2048, top_k=6, max_prompt_tokens=8192,
+        max_response_tokens=1024, optimizer="adamw", sft_tasks=400, sft_steps=100, sft_batch=16,
+        sft_lr=1e-5, grpo_steps=100, grpo_lr=1e-6, grpo_decay=0.0, warmup_steps=20, sample_rows=64,
+        eval_tasks=50, eval_temperature=0.7, micro_batch_tokens=16384,
+    ),
+    "paper": dict(
+        task="hotpotqa", model="Qwen/Qwen3-8B", embedder="Qwen/Qwen3-Embedding-0.6B", questions=0,
+        chunk_tokens=4096, top_k=6, max_prompt_tokens=16384, max_response_tokens=4096,
+        optimizer="adamw", sft_lr=1e-5, tasks_per_step=16, group_size=16, grpo_lr=1e-6,
+        grpo_decay=0.0, warmup_steps=20, eval_temperature=0.7, sample_rows=8,
+        micro_batch_tokens=16384, recompute=True,
+    ),
+}  # fmt: skip
+
+
+def parse_args(
+    description: str, extra=(), resume: bool = False, default_runs: tuple[str, ...] = ()
+) -> tuple[Config, Namespace]:
+    """(config, the other arguments) from the command line. Bad flags exit with one sentence.
+
+    extra: the script's own flags, as (name, keywords of add_argument). resume: it is a trainer.
+    default_runs: without --preset, --from and --resume, start from the first of these stages that
+    the run called --name has. `args.start` is the run folder to start from, or None.
     """
-    parser = HfArgumentParser(Config, description=description, allow_abbrev=False, usage="%(prog)s [--flag value ...]")
-    parser.add_argument("--preset", choices=sorted(PRESETS),
-                        help="start from these settings (without it: 'pretrained' if there is a --model, else 'qa' for a QA set)")
-    parser.add_argument("--from", dest="start", metavar="RUN",
-                        help="start from this run folder: its settings and, in grpo.py, its model")
+    parser = HfArgumentParser(Config, description=description, allow_abbrev=False)
+    parser.usage = "%(prog)s [--flag value ...]"
+    alone = resume or int(os.environ.get("WORLD_SIZE", 1)) == 1  # only the trainers use several
+    need(alone, f"{parser.prog} runs in one process: start it with python, not with a launcher")
+    first = ArgumentParser(add_help=False, allow_abbrev=False)  # what decides the other defaults
+    for one in (parser, first):
+        one.add_argument("--preset", choices=list(PRESETS), help="start from these settings")
+        one.add_argument("--from", dest="start", help="start from this run's settings and model")
+        if resume:
+            one.add_argument("--resume", help="continue this run from its newest checkpoint")
+    for name in ("--name", "--task", "--model"):
+        first.add_argument(name, default="")
     for name, keywords in extra:
         parser.add_argument(name, **keywords)
     try:
-        first = parser.parse_args()
-        resume = getattr(first, "resume", None)
-        start, preset = resume or first.start, first.preset
-        teacher = getattr(first, "teacher", None)
-        if first.model and (Path(first.model) / "model").is_dir() and not (start or preset):
-            start = first.model  # --model RUN comes with its settings, but for the name
-        if resume and (first.start or preset or first.overwrite):
-            raise BadInput("--resume goes on as the run began: it goes with no --from, --preset or --overwrite")
-        if default_run and not (start or preset) and ((run := default_run(first.name or first.task)) / "config.json").is_file():
-            if first.model in ("", load_settings(run)["model"]):  # the settings of another base model do not fit
-                start = run
-        if not (start or preset) and (first.model or first.task != "town"):
-            preset = "pretrained" if first.model or teacher else "qa"
-        saved = load_settings(start) if start else {}
-        if start and start == first.model:
-            del saved["name"]
-        parser.set_defaults(**{**PRESETS.get(preset, {}), **saved})
-        values = vars(parser.parse_args())  # again, now that the defaults are known
-        names = [field.name for field in dataclasses.fields(Config)]
-        config = Config(**{name: values[name] for name in names})
-        if resume and (changed := [name for name, value in load_settings(resume).items()
-                                   if getattr(config, name) != value and name not in MAY_CHANGE]):
-            raise BadInput(f"--resume {resume}: that run began with another --{', --'.join(changed)}; only --"
-                           f"{', --'.join(MAY_CHANGE)} may change")
+        early, _ = first.parse_known_args()
+        start = getattr(early, "resume", None) or early.start
+        need(not (start and early.model), "--model is for a new run: --from RUN has its own model")
+        if not (start or early.preset or early.model):
+            run = Path("runs") / (early.name or early.task or "town")
+            found = (run / stage for stage in default_runs)
+            start = next((one for one in found if (one / "config.json").exists()), None)
+            if start:
+                print(f"starting from {start}")
+        saved = load_settings(start)[1] if start else {}
+        parser.set_defaults(**PRESETS[early.preset or "town"] | saved)
+        values = vars(parser.parse_args())
+        values["start"] = start
+        names = [one.name for one in dataclasses.fields(Config)]
+        config = Config(**{name: values.pop(name) for name in names})
+        if resume and early.resume:
+            check_resume(early, config, saved)
     except BadInput as error:
         parser.error(str(error))
-    return config, {name: value for name, value in values.items() if name not in names}
+    return config, Namespace(**values)
 
 
-def load_settings(run):
-    """The settings saved in a run folder."""
+def check_resume(args: Namespace, config: Config, saved: dict):
+    """Raises BadInput if --resume comes with flags that would change the run."""
+    mixed = args.start or args.preset or config.overwrite or args.name
+    need(not mixed, "--resume continues a run as it is: no --from, --preset, --name, --overwrite")
+    now = config.saved()
+    changed = [name for name in saved if now[name] != saved[name] and name not in MAY_CHANGE]
+    may = f"only --{', --'.join(MAY_CHANGE)} may change"
+    need(not changed, f"--resume: that run has another --{', --'.join(changed)}; {may}")
+
+
+def load_settings(run) -> tuple[str, dict]:
+    """(stage, settings) of a run folder. Raises BadInput if `run` is none."""
     path = Path(run) / "config.json"
     try:
         values = json.loads(path.read_text())
+        stage = values.pop("stage")
         known = dataclasses.asdict(Config())
-        unknown = {name for name, value in values.items() if not isinstance(value, type(known.get(name)))}
-    except (OSError, ValueError, TypeError) as error:
-        raise BadInput(f"{run} is no run folder, such as runs/town/sft: cannot read {path}: {error}") from error
-    if unknown:
-        raise BadInput(f"{path} has settings that this version does not know: {', '.join(sorted(unknown))}")
-    return values
+        for name, value in values.items():  # a fork may have set a float to an int
+            values[name] = float(value) if type(known.get(name)) is float else value
+        wrong = [name for name, value in values.items() if type(value) is not type(known.get(name))]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise BadInput(f"{run} is not a run folder such as runs/town/sft: {error!r}") from error
+    need(not wrong, f"{path} has settings that this version does not know: {', '.join(wrong)}")
+    return stage, values
 
 
-def check_new_file(flag, path, overwrite):
-    """BadInput if `path`, which `flag` names, cannot be made, or exists and is not to be overwritten."""
-    if not Path(path).absolute().parent.is_dir():
-        raise BadInput(f"{flag} {path}: there is no folder {Path(path).parent}")
-    if Path(path).exists() and not overwrite:
-        raise BadInput(f"{flag} {path} exists: choose another name, or replace it with --overwrite")
-
-
-def check_one_process(script):
-    """BadInput under a launcher, for a script that would do everything once in each process."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise BadInput(f"{script} works in one process: start it with python, not with a launcher")
+def check_new_file(flag: str, path, overwrite: bool):
+    """Raises BadInput if the file that `flag` names cannot be made, or may not be overwritten."""
+    path = Path(path)
+    need(path.absolute().parent.is_dir(), f"{flag} {path}: there is no folder {path.parent}")
+    need(overwrite or not path.exists(), f"{flag} {path} exists: replace it with --overwrite")

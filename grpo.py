@@ -1,66 +1,78 @@
 """GRPO: reinforcement learning of the memory policy from the task's own reward.
 
     python grpo.py                                  from runs/town/sft to runs/town/grpo, on a CPU
-    python grpo.py --name mine --seed 1             from runs/mine/sft
+    python grpo.py --name mine                      from runs/mine/sft to runs/mine/grpo
     python grpo.py --from runs/town/sft --name b    from that run's settings and model
-    python grpo.py --model Qwen/Qwen3-8B ...        from a pretrained model, without SFT
+    python grpo.py --preset paper --data FILE       from a pretrained model, without SFT
 
 Each step, as in the paper's eqs. 8 and 9:
 
-1. Roll out: `group_size` episodes of each of `tasks_per_step` tasks, all turns sampled at `temperature`.
-2. A_i = r_i - mean_{j in group} r_j: one advantage per episode, from its one terminal reward, not divided by the standard
-   deviation (Dr.GRPO). It holds for every token of every turn, memory operations included.
-3. Every turn was a fresh prompt, so every turn is one row. Maximise over all response tokens t of all rows
+1. Roll out `group_size` episodes of each of `tasks_per_step` tasks, sampled at `temperature`.
+2. A_i = r_i - mean_{j in group} r_j: one advantage per episode, from its one terminal reward, not
+   divided by the standard deviation (Dr. GRPO). It applies to every token of every turn.
+3. Every turn was a fresh prompt, so every turn is one sample. Maximise over all response tokens t
 
-       J = 1/N sum_t [ min(rho_t A, clip(rho_t, 1 - clip_low, 1 + clip_high) A) - kl KL(pi || pi_ref)_t ]
+       J = 1/N sum_t [ min(rho_t A, clip(rho_t, 1 - clip_low, 1 + clip_high) A) - kl KL_t ]
 
-   with rho_t = pi(t) / pi_old(t), and N the number of response tokens in the whole step.
+   with rho_t = pi(t) / pi_old(t) and N the number of response tokens in the whole step.
 
-What is ours where the paper is silent: turns that were cut at the token limit count in the reward, but their tokens are out
-of the loss and of N; groups in which all rewards are equal have no gradient, so their rows are skipped (they stay in N),
-unless the KL term needs them.
-With one update per rollout pi_old is pi itself: rho is 1, but its gradient is not 0.
+Ours, where the paper is silent: turns that were cut at the token limit count in the reward, but
+their tokens are left out of the loss and of N. Groups whose rewards are all equal have no gradient,
+so their samples are skipped (they stay in N), unless the KL term needs them. Left out of usual
+GRPO: division by the standard deviation, an entropy bonus, a critic. With one update per rollout
+pi_old is pi itself: rho is 1, but its gradient is not 0.
 """
 
 import time
-from pathlib import Path
+from argparse import Namespace
+from dataclasses import replace
 
 import torch
+from accelerate import Accelerator
 
-import parallel
-from agent import run_episodes
-from config import RESUME, BadInput, Config, parse_args
-from memory import load_embedder
-from optim import clip_and_step, count_bad_steps, make_optimizers, scale_lr, schedule
-from policy import check_prompts, open_policy
-from run import Run, trained_model, unfinished
-from scoring import scorer, summarize, tally
+from agent import Episode, observe, run_episodes
+from config import Config, need, parse_args
+from memory import Memory, load_embedder
+from policy import Sample, load_policy
 from tasks import held_out_tasks, load_tasks
+from tasks.scoring import score_function, summarize, tally
+from training import distributed as dist
+from training.checkpoint import Run, starting_model, step_name
+from training.optim import clip_and_step, count_bad_steps, lr_factor, make_optimizers, set_lr
 
 
-def group_advantages(rewards):
-    """A_i = r_i - mean of its group, eq. 8. rewards: (tasks, group_size) -> the same shape.
+def group_advantages(rewards: torch.Tensor) -> torch.Tensor:
+    """A_i = r_i - mean of its group, eq. 8. (tasks, group_size) -> the same shape.
 
     >>> group_advantages(torch.tensor([[1.0, 0.0, 0.5, 0.5], [1.0, 1.0, 1.0, 1.0]])).tolist()
     [[0.5, -0.5, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]]
     """
-    spread = rewards != rewards[:, :1]  # equal rewards give exactly zero, whatever the rounding of their mean
-    return torch.where(spread.any(1, keepdim=True), rewards - rewards.mean(1, keepdim=True), 0.0)
+    # Equal rewards give exactly 0, however their mean is rounded.
+    spread = (rewards != rewards[:, :1]).any(dim=1, keepdim=True)
+    return torch.where(spread, rewards - rewards.mean(dim=1, keepdim=True), 0.0)
 
 
-def policy_loss(logprobs, old, advantages, clip_low, clip_high):
-    """-min(rho A, clip(rho) A) of each token, the clipped surrogate of eq. 9. All shapes (N,).
+def policy_loss(
+    logprobs: torch.Tensor,
+    old: torch.Tensor,
+    advantages: torch.Tensor,
+    clip_low: float,
+    clip_high: float,
+) -> torch.Tensor:
+    """-min(rho A, clip(rho) A) of each token, the clipped surrogate of eq. 9. All shapes (n,).
 
     >>> new, old = torch.tensor([0.5, 0.5, 0.5, 0.2]).log(), torch.tensor([0.5, 0.25, 0.25, 0.5]).log()
     >>> policy_loss(new, old, torch.tensor([1.0, 1.0, -1.0, -1.0]), 0.2, 0.28)  # rho: 1, 2, 2, 0.4
     tensor([-1.0000, -1.2800,  2.0000,  0.8000])
-    """
+    """  # noqa: E501
     ratio = (logprobs - old).exp()
-    return -torch.minimum(ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)
+    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
+    return -torch.minimum(ratio * advantages, clipped * advantages)
 
 
-def kl_k3(logprobs, reference):
-    """The k3 estimate of KL(pi || pi_ref), exp(d) - d - 1 with d = log pi_ref - log pi: unbiased, never negative. (N,)
+def kl_k3(logprobs: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """The k3 estimate of KL(pi || pi_ref) of each token (n,): exp(d) - d - 1 with d = log pi_ref -
+    log pi. It is unbiased and never negative.
 
     >>> kl_k3(torch.tensor([0.5]).log(), torch.tensor([0.25]).log())  # 1/2 - log(1/2) - 1
     tensor([0.1931])
@@ -69,130 +81,161 @@ def kl_k3(logprobs, reference):
     return difference.exp() - difference - 1
 
 
-def training_rows(episodes, advantages, all_rows=False):
-    """([(prompt ids, response ids, sampled log-probs, advantage)], N): the rows with a gradient, and N of the docstring.
+def to_samples(episodes: list[Episode], advantages: list[float], keep_all: bool) -> list[Sample]:
+    """One sample per turn that was not cut, with its episode's advantage.
 
-    all_rows: those without an advantage too, for the KL term.
+    keep_all: also those with advantage 0, which have no gradient but a KL term.
     """
-    rows, tokens = [], 0
-    for episode, advantage in zip(episodes, advantages):
-        for response in (turn.response for turn in episode.turns):
-            if response.truncated:
-                continue
-            tokens += len(response.ids)
-            if advantage != 0 or all_rows:
-                rows.append((response.prompt_ids, response.ids, response.logprobs, advantage))
-    return rows, tokens
+    return [
+        Sample(turn.response.prompt_ids, turn.response.ids, turn.response.logprobs, advantage)
+        for episode, advantage in zip(episodes, advantages)
+        for turn in episode.turns
+        if not turn.response.truncated and (advantage != 0 or keep_all)
+    ]
 
 
-def with_old(wrapped, rows, accelerator, config):
-    """The rows, each with its log-probs (n,) under the present policy as one more item: pi_old of the updates to come."""
+def count(episodes: list[Episode], samples: list[Sample], advantages: torch.Tensor) -> dict:
+    """This process's sums of a step, for all_reduce_sum. `num_tokens` is its part of N."""
+    responses = [turn.response for episode in episodes for turn in episode.turns]
+    return tally(episodes) | {
+        "num_tokens": sum(len(one.ids) for one in responses if not one.truncated),
+        "samples": len(samples),
+        "sample_tokens": sum(len(one.prompt_ids) + len(one.response_ids) for one in samples),
+        "dead_groups": (advantages == 0).all(dim=1).sum().item(),
+    }
+
+
+def with_old_logprobs(model, samples, accelerator: Accelerator, config: Config) -> list[Sample]:
+    """Collective: the samples with pi_old, for several updates on one rollout."""
     scored = []
     with torch.no_grad():
-        for batch in parallel.shared_batches(accelerator, wrapped, rows, config):
-            logprobs, _ = wrapped(batch)
-            parts = logprobs.split([len(row[1]) for row in batch])
-            scored += [(*row, part) for row, part in zip(batch, parts) if row is not parallel.IDLE]
+        for batch in dist.shared_batches(model, samples, config.micro_batch_tokens, accelerator):
+            logprobs, _ = model(batch)
+            parts = logprobs.split([len(sample.response_ids) for sample in batch])
+            pairs = [(one, part) for one, part in zip(batch, parts) if one is not dist.IDLE]
+            scored += [replace(sample, old_logprobs=part) for sample, part in pairs]
     return scored
 
 
-def update(wrapped, reference, rows, tokens, optimizers, accelerator, config):
-    """One optimiser step on `rows`, this process's, of training_rows or with_old; `tokens` is the N of all processes.
+def grpo_step(
+    model,
+    reference,
+    samples: list[Sample],
+    num_tokens: int,
+    optimizers: list[torch.optim.Optimizer],
+    accelerator: Accelerator,
+    config: Config,
+) -> dict[str, float]:
+    """Collective: one optimiser step on this process's samples. Returns metrics of all processes.
 
-    Returns its metrics, also of all processes.
+    num_tokens: N of all processes. The metrics are means over the tokens of `samples`, which have
+    a gradient; the loss is over all N.
     """
-    totals, gap = dict.fromkeys(("loss", "entropy", "clipped", "kl", "ratio", "scored"), 0.0), 0.0
-    for batch in parallel.shared_batches(accelerator, wrapped, rows, config):
-        logprobs, entropy = wrapped(batch)  # (n,)
-        sizes = torch.tensor([len(row[1]) for row in batch], device=logprobs.device)
-        advantages = torch.tensor([row[3] for row in batch], device=logprobs.device).repeat_interleave(sizes)  # (n,)
-        sampled = torch.tensor([x for row in batch for x in row[2]], device=logprobs.device)
-        old = torch.cat([row[4] for row in batch]).to(logprobs) if len(batch[0]) > 4 else logprobs.detach()
+    sums = dict.fromkeys(("loss", "entropy", "clipped", "kl", "ratio", "scored"), 0.0)
+    differences = [torch.zeros(1, device=accelerator.device)]
+    for batch in dist.shared_batches(model, samples, config.micro_batch_tokens, accelerator):
+        logprobs, entropy = model(batch)  # (n,)
+        sizes = torch.tensor([len(sample.response_ids) for sample in batch])
+        advantages = torch.tensor([sample.advantage for sample in batch])
+        advantages = advantages.repeat_interleave(sizes).to(logprobs)  # (n,)
+        sampled = torch.tensor([x for sample in batch for x in sample.logprobs]).to(logprobs)
+        if batch[0].old_logprobs is None:
+            old = logprobs.detach()
+        else:
+            old = torch.cat([sample.old_logprobs for sample in batch])
         losses = policy_loss(logprobs, old, advantages, config.clip_low, config.clip_high)
         if config.kl:
             with torch.no_grad():
                 target, _ = reference(batch)
             kl = kl_k3(logprobs, target)
-            losses, totals["kl"] = losses + config.kl * kl, totals["kl"] + kl.sum().item()
-        # One denominator for the whole step: micro-batches, their order, and whose they are do not matter.
-        (losses.sum() * accelerator.num_processes / tokens).backward()
+            losses = losses + config.kl * kl
+            sums["kl"] += kl.sum().item()
+        loss = losses.sum() / num_tokens  # one denominator: micro-batches and ranks do not matter
+        (loss * accelerator.num_processes).backward()  # the processes' gradients are averaged
         with torch.no_grad():
             ratio = (logprobs - old).exp()
-            totals["loss"] += losses.sum().item()
-            totals["entropy"] += entropy.sum().item()
-            totals["clipped"] += ((ratio < 1 - config.clip_low) | (ratio > 1 + config.clip_high)).sum().item()
-            totals["ratio"] += (logprobs - sampled).exp().sum().item()
-            totals["scored"] += len(logprobs)
-            gap = max(gap, (logprobs - sampled).abs().max().item()) if len(logprobs) else gap
-    norm = clip_and_step(wrapped, optimizers, config.max_grad_norm)
-    totals = parallel.total(accelerator, totals)
-    scored = totals.pop("scored")
-    return {name: total / scored for name, total in totals.items()} | {
-        "loss": totals["loss"] / tokens, "gap": max(parallel.gather(accelerator, gap)), "grad_norm": norm}
+            outside = (ratio < 1 - config.clip_low) | (ratio > 1 + config.clip_high)
+            sums["loss"] += loss.item()
+            sums["entropy"] += entropy.sum().item()
+            sums["clipped"] += outside.sum().item()
+            sums["ratio"] += (logprobs - sampled).exp().sum().item()
+            sums["scored"] += len(logprobs)
+            differences.append((logprobs - sampled).abs())
+    grad_norm = clip_and_step(model, optimizers, config.max_grad_norm)
+    largest = dist.all_reduce_max(torch.cat(differences).max().item(), accelerator)
+    sums = dist.all_reduce_sum(sums, accelerator)
+    scored, loss = sums.pop("scored"), sums.pop("loss")
+    means = {name: value / scored for name, value in sums.items()}
+    return means | {"loss": loss, "logprob_diff": largest, "grad_norm": grad_norm}
 
 
-def find_start(config, start):
-    """The model to start from: that of --from, else this name's SFT policy, else --model."""
-    if start and (Path(start) / "model").is_dir():
-        folder = Path(start) / "model"
-    elif not (folder := trained_model(config, "sft")):
-        if not config.model:
-            raise BadInput(f"{config.folder('sft') / 'model'} does not exist: run sft.py with the same --name first, or give a "
-                           "run folder with --from, or a pretrained --model")
-        return config.model
-    if steps := unfinished(folder):
-        print(f"{folder} has had {steps}: --resume {folder.parent} would go on with it")
-    return str(folder.resolve())  # the checkpoint itself: the link may show another one when this run is resumed
+def update(model, reference, samples, counts: dict, optimizers, accelerator, config) -> dict:
+    """Collective: the optimiser steps on one rollout, eq. 9. Returns their metrics."""
+    updates = config.updates_per_rollout if counts["samples"] else 0  # else every group is dead
+    if updates > 1:
+        samples = with_old_logprobs(model, samples, accelerator, config)
+    num_tokens = counts["num_tokens"]
+    steps = [
+        grpo_step(model, reference, samples, num_tokens, optimizers, accelerator, config)
+        for _ in range(updates)
+    ]
+    if not steps:
+        return {}
+    # Sampler and trainer have the same weights in the first update alone.
+    return steps[-1] | {name: steps[0][name] for name in ("ratio", "logprob_diff")}
+
+
+def train(run: Run, config: Config, args: Namespace):
+    """The steps that remain, from the run's newest checkpoint or from the model to start with."""
+    accelerator, embed = run.accelerator, load_embedder(config.embedder, run.accelerator.device)
+    start = starting_model(run, config, args.start)
+    need(start, f"there is no {config.folder('sft')} to start from: run sft.py, or give --from RUN")
+    policy = load_policy(start, config)
+    train_task = load_tasks(config, "train", policy.count)
+    held_out = held_out_tasks(config, "dev", min(100, config.eval_tasks), policy.count)
+    # Raises BadInput now, not after a rollout, if a task does not fit a prompt.
+    policy.encode([observe(Episode(task, Memory()), config) for task in held_out])
+    model = dist.distribute(policy, accelerator)
+    optimizers = make_optimizers(policy, config.optimizer)
+    rollout_model = dist.make_rollout_model(policy, accelerator)
+    run.begin(policy, optimizers)
+    reference = None
+    if config.kl:
+        dtype = dist.copy_dtype(accelerator) if dist.is_sharded() else torch.float32
+        reference = load_policy(run.folder / step_name(0), config, dtype)
+        reference.to(accelerator.device).requires_grad_(False)
+    for step in run.steps(config.grpo_steps):
+        started = time.perf_counter()
+        first = config.sft_tasks + (step - 1) * config.tasks_per_step  # SFT has not seen these
+        indices = dist.shard(range(first, first + config.tasks_per_step), accelerator)
+        tasks = [task for task in map(train_task, indices) for _ in range(config.group_size)]
+        episodes = run_episodes(tasks, rollout_model, config, embed, score_function(config), step)
+        rollout_seconds = time.perf_counter() - started
+        rewards = torch.tensor([episode.reward for episode in episodes])
+        advantages = group_advantages(rewards.view(-1, config.group_size))  # (tasks, group), eq. 8
+        samples = to_samples(episodes, advantages.flatten().tolist(), keep_all=config.kl > 0)
+        counts = dist.all_reduce_sum(count(episodes, samples, advantages), accelerator)
+        factor = lr_factor(step, config.grpo_steps, config.warmup_steps, config.grpo_decay)
+        set_lr(optimizers, factor * config.grpo_lr)
+        metrics = summarize(counts)
+        metrics |= update(model, reference, samples, counts, optimizers, accelerator, config)
+        dist.sync_weights(rollout_model, policy)
+        metrics["dead_groups"] = counts["dead_groups"] / config.tasks_per_step
+        metrics["bad_steps"] = count_bad_steps(run.metrics, metrics)
+        metrics |= {"lr": factor * config.grpo_lr, "rollout_seconds": rollout_seconds}
+        metrics["seconds"] = time.perf_counter() - started
+        metrics["tokens_per_second"] = counts["sample_tokens"] / metrics["seconds"]
+        if step % config.save_every == 0 or step == config.grpo_steps:
+            em = dist.held_out_em(rollout_model, held_out, config, embed, accelerator)
+            metrics["held_out_em"] = em
+        run.log(metrics)
 
 
 def main():
-    config, extra = parse_args("GRPO from an SFT policy.", extra=[RESUME],
-                               default_run=lambda name: Config(name=name).folder("sft"))
-    run = Run(config, "grpo", extra["resume"])
-    accelerator = run.accelerator
-    run.begin_from(run.start or find_start(config, extra["start"]))
-    policy = open_policy(str(run.checkpoint or run.start), config)
-    embed = load_embedder(config.embedder, accelerator.device)
-    stream = load_tasks(config, "train", policy.count)
-    held_out = held_out_tasks(config, "dev", min(100, config.eval_tasks), policy.count)
-    check_prompts(policy, held_out, config)
-    wrapped = parallel.distribute(accelerator, policy)
-    reference = parallel.frozen(accelerator, open_policy(run.start, config)) if config.kl else None
-    optimizers = make_optimizers(policy, config.grpo_lr, config.optimizer)
-    player = parallel.rollout_policy(accelerator, policy)
-    run.begin(policy, optimizers)
-    for step in run.steps(config.grpo_steps):
-        started = time.perf_counter()
-        first = config.sft_tasks + (step - 1) * config.tasks_per_step  # tasks that SFT has not seen
-        tasks = [stream(index) for index in parallel.share(accelerator, range(first, first + config.tasks_per_step))]
-        episodes = run_episodes([task for task in tasks for _ in range(config.group_size)], player, config, embed, scorer(config),
-                                seed=step)
-        rollout_seconds = max(parallel.gather(accelerator, time.perf_counter() - started))
-        rewards = torch.tensor([episode.reward for episode in episodes]).view(len(tasks), config.group_size)
-        advantages = group_advantages(rewards)
-        rows, tokens = training_rows(episodes, advantages.flatten().tolist(), all_rows=config.kl > 0)
-        sums = parallel.total(accelerator, tally(episodes) | {
-            "dead_groups": (advantages == 0).all(1).sum().item(), "response_tokens": tokens, "rows": len(rows),
-            "row_tokens": sum(len(row[0]) + len(row[1]) for row in rows)})
-        number_of_updates = config.updates_per_rollout if sums["rows"] else 0
-        if number_of_updates > 1:
-            rows = with_old(wrapped, rows, accelerator, config)
-        factor = schedule(step, config.grpo_steps, config.warmup_steps, config.grpo_decay)
-        scale_lr(optimizers, factor)
-        updates = [update(wrapped, reference, rows, sums["response_tokens"], optimizers, accelerator, config)
-                   for _ in range(number_of_updates)]
-        parallel.refresh(player, policy)
-        bad_steps = count_bad_steps(run.metrics.get("bad_steps", 0), [one["grad_norm"] for one in updates])
-        seconds = time.perf_counter() - started
-        metrics = {"dead_groups": sums["dead_groups"] / config.tasks_per_step, **summarize(sums)}
-        if updates:  # of several, the first one tells how well sampler and trainer agree
-            metrics |= updates[-1] | {name: updates[0][name] for name in ("ratio", "gap")}
-        metrics |= {"lr": factor * config.grpo_lr, "bad_steps": bad_steps, "rollout_seconds": rollout_seconds,
-                    "seconds": seconds, "tokens_per_second": sums["row_tokens"] / seconds}
-        if step % config.save_every == 0 or step == config.grpo_steps:
-            metrics["held_out_em"] = parallel.held_out_em(accelerator, player, held_out, config, embed)
-        run.log(metrics)
-    then = f"python evaluate.py --name {config.name}"
+    config, args = parse_args("GRPO from an SFT policy.", resume=True, default_runs=("sft",))
+    run = Run(config, "grpo", args.resume)
+    train(run, config, args)
+    then = f"python evaluate.py --name {run.name}"
     run.finish(config.grpo_steps, then if config.task == "town" else f"{then} --data DEV_FILE")
 
 

@@ -1,24 +1,28 @@
-"""The memory: a vector store with four operations, a scratchpad, and the embedders that give it its vectors.
+"""The memory: a vector store with four operations, a scratchpad, and the embedders.
 
-One store belongs to one episode, so that no rollout can touch an entry of its sibling. The store never embeds anything
-itself: the agent loop embeds the texts of many episodes in one call and hands the vectors over.
+One store belongs to one episode, so no rollout can touch an entry of its siblings. The store does
+not embed anything itself: the agent loop embeds the texts of many episodes in one call and passes
+the vectors in.
 
-Letters: n entries, d dimensions of an embedding, k entries retrieved, B texts embedded together, T tokens.
+Letters: n entries, d dimensions of an embedding, k retrieved entries, B texts, T tokens.
 """
 
 import functools
 import re
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
 from config import BadInput
 
+Embedder = Callable[..., np.ndarray]  # embed(texts, query=False) -> (B, d) float32, unit length
+
 
 @dataclass(frozen=True)
 class Entry:
-    """One memory entry. Ids count up from 0 in order of creation and are never used again."""
+    """One memory entry. Ids count up from 0 in order of creation and are never reused."""
 
     id: int
     text: str
@@ -27,46 +31,47 @@ class Entry:
 class Memory:
     """An episode's store and scratchpad.
 
-    capacity: the most entries it holds; 0 means no limit. In a full store Create is refused: the policy has to Delete
-    or Update instead (the paper's Appendix C).
+    capacity: the maximum number of entries; 0 means no limit. A full store refuses to Create: the
+    policy has to Delete or Update instead (the paper's Appendix C).
     """
 
-    def __init__(self, capacity=0):
+    def __init__(self, capacity: int = 0):
         self.capacity = capacity
         self.scratchpad = ""
-        self.texts = {}  # id -> text, oldest first
+        self.texts: dict[int, str] = {}  # id -> text, oldest first
         self.next_id = 0
-        self._row = {}  # id -> row of the two arrays below
-        self._ids = np.zeros(0, dtype=np.int64)  # (rows,) with rows >= n; spare rows at the end
+        self._row: dict[int, int] = {}  # id -> row of the two arrays below
+        self._ids = np.zeros(0, dtype=np.int64)  # (rows,), rows >= n: spare rows at the end
         self._vectors = np.zeros((0, 0), dtype=np.float32)  # (rows, d)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.texts)
 
-    def create(self, text, vector):
-        """Append an entry and return its id; None when the store is full."""
+    def create(self, text: str, vector: np.ndarray) -> int | None:
+        """Append an entry and return its id, or None if the store is full. vector: (d,)."""
         if self.capacity and len(self) >= self.capacity:
             return None
         row = len(self)
-        if row == len(self._ids):  # out of rows: doubling makes the copies O(1) per entry, amortised
-            spare = max(8, row)
-            self._ids = np.concatenate([self._ids, np.zeros(spare, np.int64)])
-            self._vectors = np.concatenate([self._vectors.reshape(row, len(vector)), np.zeros((spare, len(vector)), np.float32)])
+        if row == len(self._ids):  # no spare row: doubling makes the copies O(1) per entry
+            rows = row + max(8, row)
+            vectors = np.zeros((rows, len(vector)), np.float32)
+            vectors[:row] = self._vectors.reshape(row, len(vector))
+            self._ids, self._vectors = np.resize(self._ids, rows), vectors
         self._ids[row], self._vectors[row] = self.next_id, vector
         self.texts[self.next_id], self._row[self.next_id] = text, row
         self.next_id += 1
         return self.next_id - 1
 
-    def update(self, id, text, vector):
-        """Replace an entry's text and vector; it keeps its id, and with it its age. False when there is no such entry."""
+    def update(self, id: int, text: str, vector: np.ndarray) -> bool:
+        """Replace an entry's text and vector. It keeps its id. False if there is no such entry."""
         if id not in self.texts:
             return False
         self.texts[id] = text
         self._vectors[self._row[id]] = vector
         return True
 
-    def delete(self, id):
-        """Remove an entry; the last row takes its place. False when there is no such entry."""
+    def delete(self, id: int) -> bool:
+        """Remove an entry. The last row moves into its place. False if there is no such entry."""
         if id not in self.texts:
             return False
         del self.texts[id]
@@ -76,56 +81,59 @@ class Memory:
             self._row[int(self._ids[row])] = row
         return True
 
-    def search(self, vector, k):
-        """The `k` entries most similar to `vector`, best first: TopK_i sim(q, m_i), eq. 6.
+    def search(self, vector: np.ndarray, k: int) -> list[Entry]:
+        """The k entries most similar to `vector`, best first: TopK_i sim(q, m_i), eq. 6.
 
-        The similarity is the cosine: all vectors, the query (d,) among them, have unit length. Two refinements of eq. 6:
-        an entry with nothing in common with the query (cosine <= 0) is not retrieved, and of equally similar entries the
-        older ones are chosen, but shown in the order of their texts: an order by age would tell which of two
-        contradicting entries is the newer one, which no vector store can tell in general.
+        The similarity is the cosine: all vectors have unit length. Two refinements of eq. 6. An
+        entry whose cosine is not positive is not retrieved. Among equally similar entries the older
+        ones are chosen, but they are shown in the order of their texts: showing them by age would
+        tell which of two contradicting entries is newer, which no vector store can know.
         """
         n = len(self)
         if n == 0:
             return []
-        similarity = np.round(self._vectors[:n] @ vector, 6)  # (n,); rounded, so that equal texts tie exactly
-        candidates = np.arange(n)
-        if n > k:  # keep what ties with the k-th best: at least k rows, without sorting all n
-            candidates = np.flatnonzero(similarity >= np.partition(similarity, n - k)[n - k])
-        candidates = candidates[similarity[candidates] > 0]
-        best = candidates[np.lexsort((self._ids[candidates], -similarity[candidates]))][:k]
-        entries = [(-similarity[row], self.texts[int(self._ids[row])], int(self._ids[row])) for row in best]
-        return [Entry(id, text) for _, text, id in sorted(entries)]
+        rough = self._vectors[:n] @ vector  # (n,), fast; the rounding depends on the row
+        kth_best = np.partition(rough, -k)[-k] if n > k else -1.0
+        rows = np.flatnonzero(rough >= kth_best - 1e-4)
+        # The few candidates again, each row summed alone and in float64: equal texts tie exactly.
+        exact = (self._vectors[rows].astype(np.float64) * vector).sum(1).round(9)
+        ids = self._ids[rows]
+        best = [i for i in np.lexsort((ids, -exact)) if exact[i] > 1e-6][:k]
+        shown = sorted((-exact[i], self.texts[int(ids[i])], int(ids[i])) for i in best)
+        return [Entry(id, text) for _, text, id in shown]
 
-    def sample(self, rng, k):
-        """`k` entries drawn by `rng` (random.Random) instead of retrieved: the paper's Table 4."""
+    def sample(self, rng, k: int) -> list[Entry]:
+        """k entries drawn by `rng` (random.Random) instead of retrieved: the paper's Table 4."""
         ids = rng.sample(list(self.texts), min(k, len(self)))
         return [Entry(id, self.texts[id]) for id in ids]
 
-    def state(self):
-        """Everything, for a JSON file; float32 survives the decimal notation exactly."""
-        entries = [{"id": id, "text": text, "vector": [float(x) for x in self._vectors[self._row[id]]]}
-                   for id, text in self.texts.items()]
-        return {"capacity": self.capacity, "scratchpad": self.scratchpad, "next_id": self.next_id, "entries": entries}
+    def state(self) -> dict:
+        """Everything, ready for a JSON file. float32 survives the decimal notation exactly."""
+        rows = [
+            (id, text, self._vectors[self._row[id]].tolist()) for id, text in self.texts.items()
+        ]
+        settings = {"capacity": self.capacity, "next_id": self.next_id}
+        return settings | {"scratchpad": self.scratchpad, "entries": rows}
 
     @classmethod
-    def from_state(cls, state):
-        """The memory of which `state` was taken. KeyError or TypeError if it is something else."""
+    def from_state(cls, state: dict) -> "Memory":
+        """The inverse of state(). Raises KeyError, TypeError or ValueError for something else."""
         memory = cls(state["capacity"])
-        for entry in state["entries"]:
-            memory.next_id = entry["id"]
-            memory.create(entry["text"], np.asarray(entry["vector"], np.float32))
+        for id, text, vector in state["entries"]:
+            memory.next_id = id
+            memory.create(text, np.asarray(vector, np.float32))
         memory.scratchpad, memory.next_id = state["scratchpad"], state["next_id"]
         return memory
 
 
 class HashedEmbedder:
-    """A bag of words, hashed into `dimensions` signed buckets: no download, no training, the same on every machine."""
+    """A bag of words, hashed into signed buckets. Needs no download and is the same everywhere."""
 
-    def __init__(self, dimensions=1024):
+    def __init__(self, dimensions: int = 1024):
         self.dimensions = dimensions
 
-    def __call__(self, texts, query=False):
-        """(B, d) float32 of unit length, or zeros for a text without a word. Queries are embedded like entries."""
+    def __call__(self, texts: list[str], query: bool = False) -> np.ndarray:
+        """(B, d) float32 of unit length, or zeros for a text without words. `query` is ignored."""
         vectors = np.zeros((len(texts), self.dimensions), np.float32)
         for vector, text in zip(vectors, texts):
             for word in re.findall(r"\w+", text.lower()):
@@ -135,42 +143,42 @@ class HashedEmbedder:
 
 
 class TransformerEmbedder:
-    """Any encoder that transformers loads, from a hub name or a folder.
+    """Any encoder that transformers loads, by hub name or folder.
 
-    A causal encoder (Qwen3-Embedding) is read at its last token, and a query is preceded by the instruction it was
-    trained with; a BERT-like one is averaged over its tokens, queries like entries.
+    A causal encoder (Qwen3-Embedding) is read at its last token, and queries get the instruction it
+    was trained with. Other encoders (BERT and its kind) are averaged over their tokens.
     """
 
-    INSTRUCTION = "Instruct: Given a web search query, retrieve relevant passages that answer the query\nQuery:"
+    INSTRUCTION = (
+        "Instruct: Given a web search query, retrieve relevant passages that answer the query\n"
+        "Query:"
+    )
 
-    def __init__(self, model, device="cpu", batch_size=64, remembered=200_000):
+    def __init__(self, model: str, device="cpu", batch_size: int = 64):
         import torch
         from transformers import AutoModel, AutoTokenizer
 
-        self.torch, self.device, self.batch_size, self.remembered = torch, device, batch_size, remembered
+        self.torch, self.device, self.batch_size = torch, device, batch_size
         self.tokenizer = AutoTokenizer.from_pretrained(model, padding_side="right")
         self.model = AutoModel.from_pretrained(model, dtype=torch.float32).to(device).eval()
-        self.causal = any("CausalLM" in name for name in self.model.config.architectures or [])
-        self.known = {}  # text, a query with its instruction -> (d,)
+        names = self.model.config.architectures or []
+        self.causal = any("CausalLM" in name for name in names)
 
-    def __call__(self, texts, query=False):
-        """(B, d) float32 of unit length. A text is embedded once; the vectors of the last `remembered` ones are kept."""
+    def __call__(self, texts: list[str], query: bool = False) -> np.ndarray:
+        """(B, d) float32 of unit length."""
         if query and self.causal:
             texts = [self.INSTRUCTION + text for text in texts]
-        new = sorted({text for text in texts if text not in self.known}, key=len)  # similar lengths, little padding
-        fresh = {}
-        for start in range(0, len(new), self.batch_size):
-            part = new[start : start + self.batch_size]
-            fresh |= zip(part, self._embed(part))
-        vectors = [fresh[text] if text in fresh else self.known[text] for text in texts]
-        self.known |= fresh
-        for text in list(self.known)[: max(0, len(self.known) - self.remembered)]:
-            del self.known[text]
-        return np.stack(vectors) if vectors else np.zeros((0, self.model.config.hidden_size), np.float32)
+        vectors = np.zeros((len(texts), self.model.config.hidden_size), np.float32)
+        order = np.argsort([len(text) for text in texts])  # similar lengths need little padding
+        for start in range(0, len(texts), self.batch_size):
+            rows = order[start : start + self.batch_size]
+            vectors[rows] = self._embed([texts[row] for row in rows])
+        return vectors
 
     def _embed(self, texts):
         with self.torch.no_grad():
-            batch = self.tokenizer(texts, padding=True, truncation=True, return_tensors="pt").to(self.device)
+            batch = self.tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
+            batch = batch.to(self.device)
             hidden = self.model(**batch).last_hidden_state.float()  # (B, T, d)
             mask = batch["attention_mask"]  # (B, T), zeros on the right
             if self.causal:
@@ -181,8 +189,8 @@ class TransformerEmbedder:
 
 
 @functools.cache
-def load_embedder(name, device="cpu"):
-    """The embedder that --embedder names, made once. Raises BadInput if transformers cannot load it."""
+def load_embedder(name: str, device="cpu") -> Embedder:
+    """The embedder that --embedder names, made once. Raises BadInput if it cannot be loaded."""
     if name == "hashed":
         return HashedEmbedder()
     try:

@@ -1,191 +1,254 @@
-"""The language model as a policy: create or load it, sample responses, score tokens, save it.
+"""The language model: load it, sample responses, score tokens, save it.
 
-Letters: B distinct rows, T longest prompt + response, N response tokens of all rows, D width, V vocabulary.
+Letters: B rows, U unique rows, P longest prompt, T longest prompt + response, N response tokens of
+all rows, D width, V vocabulary.
 """
 
 import random
-from collections import deque
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from jinja2 import TemplateError
-from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3Model, repeat_kv, rotate_half
+from transformers.utils import logging
 
-import sampling
-from agent import TAGS, Episode, fit, instruction, observe, render, run_episodes
-from config import BadInput
-from endpoint import Endpoint, EndpointPolicy
-from memory import Memory
-from optim import numbered
-from scoring import scorer
-from tasks import corpus
+from agent import Observation, Response, instruction, render
+from config import BadInput, Config, need
 
-PAD, END, RESPONSE = "<pad>", "<end>", "<response>"
-# The tiny model learns its task from examples, so its template leaves the system message with the instruction out.
-TINY_TEMPLATE = "{% for message in messages if message.role == 'user' %}{{ message.content }}{% endfor %}" + RESPONSE
 MARK = "@observation@"  # stands for the observation while a chat template is applied
-LOGIT_SLICE = 2**24  # most logits in memory at once when tokens are scored
+LOGIT_SLICE = 2**24  # most logits in memory at once while tokens are scored
+logging.disable_progress_bar()  # transformers would show one for every checkpoint
 
 
-class LastLayer(Qwen3DecoderLayer):
-    """The last layer of a Qwen3, which can skip tokens that are not scored, but for their keys and values: later tokens attend to those.
+@dataclass
+class Sample:
+    """One turn to train on. Every turn was a fresh prompt, so it is one independent row."""
 
-    A training step of the tiny model, of three layers, takes 0.8 to 0.85 of the time. Attention is torch's, whatever the model's setting.
-    """
+    prompt_ids: list[int]
+    response_ids: list[int]
+    logprobs: list[float] = field(default_factory=list)  # as the sampler saw them
+    advantage: float = 0.0
+    old_logprobs: torch.Tensor | None = None  # (n,), from before the first of several updates
 
-    def forward(self, hidden_states, *args, scored=None, position_embeddings=None, **kwargs):
-        """Hidden states (B, T, D) to those of the N tokens at `scored`, ascending places in B x T: (N, D). Without it, all: (B, T, D).
-
-        H heads of d dimensions; R: the most scored tokens in any row.
-        """
-        if scored is None:
-            return super().forward(hidden_states, *args, position_embeddings=position_embeddings, **kwargs)
-        attention, length = self.self_attn, hidden_states.shape[1]
-        cos, sin = (part[0, :, None] for part in position_embeddings)  # (T, 1, d)
-
-        def heads(projection, x):
-            return projection(x).unflatten(-1, (-1, attention.head_dim))
-
-        def turned(x, cos, sin):
-            return x * cos + rotate_half(x) * sin
-
-        x, out = self.input_layernorm(hidden_states), hidden_states.flatten(0, 1)[scored]
-        keys, values = turned(attention.k_norm(heads(attention.k_proj, x)), cos, sin), heads(attention.v_proj, x)  # (B, T, fewer, d)
-        keys, values = (repeat_kv(part.transpose(1, 2), attention.num_key_value_groups) for part in (keys, values))  # (B, H, T, d)
-        row, time = scored // length, scored % length  # (N,)
-        queries = turned(attention.q_norm(heads(attention.q_proj, x.flatten(0, 1)[scored])), cos[time], sin[time])  # (N, H, d)
-        place = torch.arange(len(row), device=row.device) - torch.searchsorted(row, row)  # (N,), which one of its row
-        shape = len(x), int(place.max()) + 1 if len(row) else 1  # (B, R); a process that has no rows scores nothing
-        queries = queries.new_zeros(*shape, *queries.shape[1:]).index_put((row, place), queries)  # (B, R, H, d)
-        # A place that holds no token sees the first one, since of nothing at all there is no mean.
-        seen = torch.arange(length, device=row.device) <= time.new_zeros(shape).index_put((row, place), time)[..., None]  # (B, R, T)
-        mixed = scaled_dot_product_attention(queries.transpose(1, 2), keys, values, attn_mask=seen[:, None], scale=attention.scaling)
-        out = out + attention.o_proj(mixed.transpose(1, 2)[row, place].flatten(1))
-        return out + self.mlp(self.post_attention_layernorm(out))
+    @property
+    def key(self) -> tuple:
+        """Equal for samples that the model reads alike."""
+        return tuple(self.prompt_ids), tuple(self.response_ids)
 
 
 class LanguageModel(torch.nn.Module):
-    """A causal LM with its tokenizer. Calling it scores tokens (for training); `respond` samples (for rollouts)."""
+    """A causal LM and its tokenizer. `respond` samples; calling the module scores tokens.
 
-    def __init__(self, model, tokenizer, config):
+    temperature: that of sampling and scoring (0: greedy). Default: config.temperature.
+    """
+
+    def __init__(self, model, tokenizer, config: Config, temperature: float | None = None):
         super().__init__()
-        if tokenizer.chat_template is None:
-            raise BadInput(f"{tokenizer.name_or_path} has no chat template; use an instruction-tuned model")
-        for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):  # Gemma 2; Cohere; Granite
-            if getattr(model.config, name, None) not in (None, 1.0):
-                raise BadInput(f"{tokenizer.name_or_path} transforms its logits ({name}), which the trainer does not follow")
-        kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-        if kinds:
-            raise BadInput(f"{tokenizer.name_or_path} has layers ({', '.join(sorted(kinds))}) whose state sampling.py does not keep")
-        room = getattr(model.config, "max_position_embeddings", None)
-        if room and config.max_prompt_tokens + config.max_response_tokens > room:
-            raise BadInput(f"--max_prompt_tokens {config.max_prompt_tokens} and --max_response_tokens "
-                           f"{config.max_response_tokens} do not fit the model's context of {room} tokens")
+        check_model(model, tokenizer, config)
         self.model, self.tokenizer, self.config = model, tokenizer, config
-        self.temperature = config.temperature
-        decoder = model.get_decoder()  # selects: it can be asked for the hidden states of some tokens alone
-        self.selects = isinstance(decoder, Qwen3Model) and not decoder.layers[-1].self_attn.sliding_window
-        if self.selects:
-            decoder.layers[-1].__class__ = LastLayer
+        self.temperature = config.temperature if temperature is None else temperature
         if config.recompute:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        ends = model.generation_config.eos_token_id or []
-        ends = ends if isinstance(ends, list) else [ends]
-        if tokenizer.eos_token_id is None:
-            raise BadInput(f"{tokenizer.name_or_path} has no end token, without which no response could end")
-        self.end_ids = {tokenizer.eos_token_id, *ends}  # a chat model often has two
-        # A checkpoint's vocabulary may be padded to a round size: ids beyond the tokenizer's are never sampled.
-        self.known_ids = min(len(tokenizer), model.config.vocab_size)
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        ends = model.generation_config.eos_token_id or []  # a chat model often has two
+        self.end_ids = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
+        # A checkpoint may pad its vocabulary. Ids that the tokenizer lacks are never sampled.
+        self.known_ids = min(len(tokenizer), model.config.get_text_config().vocab_size)
 
     @property
-    def device(self):
+    def device(self) -> torch.device:
         return self.model.device
 
+    def with_config(self, config: Config, temperature: float) -> "LanguageModel":
+        """The same weights under other settings, for evaluation."""
+        return LanguageModel(self.model, self.tokenizer, config, temperature)
+
     def autocast(self):
-        """bf16 on a GPU, in sampling and scoring alike; the weights stay fp32."""
+        """bf16 on a GPU, in sampling and scoring alike. The weights stay fp32."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
 
     # --- prompts ---
 
-    def encode(self, observations):
-        """Prompt token ids of each observation, shortened by agent.fit where they do not fit."""
-        prompts = self.frame([render(observation) for observation in observations])
-        for row, observation in enumerate(observations):
-            if len(prompts[row]) > self.config.max_prompt_tokens:
-                fit(observation, lambda o: len(self.frame([render(o)])[0]), self.config.max_prompt_tokens)
-                prompts[row] = self.frame([render(observation)])[0]
-        return prompts
+    def encode(self, observations: list[Observation]) -> list[tuple[Observation, list[int]]]:
+        """Each observation, shortened if it has to be, and the token ids of its prompt."""
+        limit, encoded = self.config.max_prompt_tokens, []
+        prompts = self.encode_prompts([render(observation) for observation in observations])
+        for observation, ids in zip(observations, prompts):
+            if len(ids) > limit:
+                observation = fit(observation, self.prompt_length, limit)
+                [ids] = self.encode_prompts([render(observation)])
+            encoded.append((observation, ids))
+        return encoded
 
-    def frame(self, texts):
-        """The template's ids around those of each text, in which a tag or a special token's name is nothing but text."""
-        messages = [{"role": "system", "content": instruction(self.config)}, {"role": "user", "content": MARK}]
+    def shorten(self, observation: Observation) -> Observation:
+        """The observation as this model is shown it."""
+        return self.encode([observation])[0][0]
+
+    def prompt_length(self, observation: Observation) -> int:
+        return len(self.encode_prompts([render(observation)])[0])
+
+    def encode_prompts(self, texts: list[str]) -> list[list[int]]:
+        """The ids of the chat template around each text. Control tokens in a text stay text."""
+        system = {"role": "system", "content": instruction(self.config)}
         try:
-            frame = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+            frame = self.tokenizer.apply_chat_template(
+                [system, {"role": "user", "content": MARK}],
+                tokenize=False,
+                add_generation_prompt=True,
+                enable_thinking=False,
+            )
         except TemplateError as error:
-            raise BadInput(f"{self.tokenizer.name_or_path}: its chat template refuses the prompt: {error}") from error
+            name = self.tokenizer.name_or_path
+            raise BadInput(f"{name}: its chat template refuses the prompt: {error}") from error
         before, after = self.tokenizer(frame.split(MARK), add_special_tokens=False)["input_ids"]
-        shown = self.tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        return [before + ids + after for ids in shown]
+        return [before + ids + after for ids in self.text_ids(texts)]
 
-    def count(self, texts, written=False):
-        """Number of tokens of each text that is shown; written: of each response, in which a tag counts as one."""
-        return list(map(len, self.tokenizer(texts, add_special_tokens=False, split_special_tokens=not written)["input_ids"]))
+    def text_ids(self, texts: list[str]) -> list[list[int]]:
+        """The ids of each text, in which the name of a control token is plain text."""
+        if not texts:  # a tokenizer refuses an empty list
+            return []
+        tokens = self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True)
+        return tokens["input_ids"]
+
+    def encode_responses(self, texts: list[str]) -> list[list[int]]:
+        """The ids of each response, with the end token that tells the policy to stop."""
+        return [ids + [self.tokenizer.eos_token_id] for ids in self.text_ids(texts)]
+
+    def count(self, texts: list[str]) -> list[int]:
+        """The number of tokens of each text."""
+        return [len(ids) for ids in self.text_ids(texts)]
 
     # --- sampling ---
 
-    def serve(self, waiting):
-        """See sampling.serve (`temperature` 0: the most probable tokens)."""
-        return sampling.serve(self, waiting)
+    @torch.no_grad()
+    def respond(self, observations: list[Observation]) -> list[Response]:
+        """One sampled Response for each observation, `sample_rows` at a time, longest first."""
+        self.model.eval()
+        encoded = self.encode(observations)
+        order = sorted(range(len(encoded)), key=lambda row: -len(encoded[row][1]))
+        responses = {}
+        for start in range(0, len(order), self.config.sample_rows):
+            rows = order[start : start + self.config.sample_rows]
+            prompts = [encoded[row][1] for row in rows]
+            sampled = self.sample(prompts, [observations[row].rng for row in rows])
+            for row, (ids, logprobs) in zip(rows, sampled):
+                shown, prompt = encoded[row]
+                ended = ids[-1] in self.end_ids
+                text = self.tokenizer.decode(ids[:-1] if ended else ids)
+                responses[row] = Response(
+                    text, len(ids), prompt, ids, logprobs, truncated=not ended, observation=shown
+                )
+        return [responses[row] for row in range(len(observations))]
 
-    def respond(self, observations):
-        """One sampled Response for each observation."""
-        waiting = deque((number, observation, random.Random(random.random())) for number, observation in enumerate(observations))
-        responses = {item[0]: response for finished in self.serve(waiting) for item, response in finished}
-        return [responses[number] for number in range(len(observations))]
+    def sample(self, prompts: list[list[int]], rngs: list[random.Random]):
+        """[(ids, log-probs)] of one response to each prompt, drawn with that row's generator.
+
+        Equal prompts are read once and then fanned out. A row that has ended leaves the batch.
+        """
+        unique, which = unique_rows(map(tuple, prompts))
+        longest = max(map(len, unique))  # P
+        ids = torch.tensor([[0] * (longest - len(row)) + list(row) for row in unique])  # (U, P)
+        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in unique])
+        ids, mask, which = (part.to(self.device) for part in (ids, mask, torch.tensor(which)))
+        cache = DynamicCache(config=self.model.config)
+        logits = self.next_logits(ids, mask, cache)[which]  # (B, V)
+        cache.batch_select_indices(which)
+        mask = mask[which]  # (B, P)
+        ends = torch.tensor(sorted(self.end_ids), device=self.device)
+        running = list(range(len(prompts)))  # the prompt that each row of the batch answers
+        responses = [([], []) for _ in prompts]
+        while True:
+            tokens, logprobs = self.draw(logits, [rngs[row] for row in running])  # (B,) each
+            for row, token, logprob in zip(running, tokens.tolist(), logprobs.tolist()):
+                responses[row][0].append(token)
+                responses[row][1].append(logprob)
+            keep = ~torch.isin(tokens, ends)  # (B,)
+            if len(responses[running[0]][0]) == self.config.max_response_tokens or not keep.any():
+                return responses
+            if not keep.all():
+                kept = keep.nonzero()[:, 0]
+                cache.batch_select_indices(kept)
+                tokens, mask = tokens[kept], mask[kept]
+                running = [running[i] for i in kept.tolist()]
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+            logits = self.next_logits(tokens[:, None], mask, cache)
+
+    def next_logits(self, ids, mask, cache):
+        """Logits (B, V) of the token after `ids` (B, t). mask: (B, cached + t), 0 on padding."""
+        position = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        with self.autocast():
+            return self.model(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=position,
+                cache=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            ).logits[:, -1]
+
+    def draw(self, logits, rngs):
+        """One token (B,) per row and its log-prob (B,). Raises SystemExit if one is not finite."""
+        logits = self.scaled(logits)  # (B, V)
+        total = logits.logsumexp(-1, keepdim=True)  # (B, 1)
+        if not total.isfinite().all():
+            raise SystemExit(
+                "the policy's probabilities are not finite, so its weights are broken; "
+                "a lower learning rate may help"
+            )
+        if self.temperature == 0:
+            token = logits.argmax(-1, keepdim=True)  # (B, 1)
+        else:  # invert the cumulative distribution, in float64 so that rare tokens have their share
+            probs = (logits - total).exp()
+            probs = probs.cpu() if probs.device.type == "mps" else probs  # MPS has no float64
+            cumulative = probs.cumsum(-1, dtype=torch.float64)
+            uniform = torch.tensor([[rng.random()] for rng in rngs], dtype=torch.float64)
+            threshold = uniform.to(cumulative.device) * cumulative[:, -1:]
+            token = torch.searchsorted(cumulative, threshold, right=True).to(logits.device)
+        return token[:, 0], (logits.gather(1, token) - total)[:, 0]
 
     def scaled(self, logits):
-        """The logits in float32 (..., V) of the distribution that is sampled from: temperature, and no unknown ids."""
+        """The fp32 logits (..., known ids) of the sampled distribution: temperature, known ids."""
         logits = logits[..., : self.known_ids]
-        return logits.to(torch.promote_types(logits.dtype, torch.float32)) / (self.temperature or 1.0)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32)) / (self.temperature or 1)
 
     # --- scoring ---
 
-    def forward(self, rows):
-        """Log-probabilities (N,) of the response tokens of `rows`, and the entropy (N,) of each one's distribution.
-
-        rows: list of (prompt ids, response ids, ...). The N tokens come row after row, in order. Rows that are the same, as the
-        first turns of a group's episodes often are, go through the model once.
-        """
-        distinct = numbered((tuple(prompt), tuple(response)) for prompt, response, *_ in rows)
-        length = max(len(prompt) + len(response) for prompt, response in distinct)
-        ids = torch.tensor([[*prompt, *response, *[0] * (length - len(prompt) - len(response))] for prompt, response in distinct])  # (B, T)
-        # The token at position t is predicted at t - 1. Masks come from lengths alone, never from token values.
-        first = [distinct[tuple(prompt), tuple(response)] * length + len(prompt) - 1 for prompt, response, *_ in rows]
-        where = torch.tensor([place + t for place, row in zip(first, rows) for t in range(len(row[1]))], dtype=torch.long)
-        where, which = where.unique(return_inverse=True)  # the tokens of distinct rows, and which of them each of the N is
-        targets = ids.flatten()[where + 1].to(self.device)
-        for layer in self.model.modules() if self.config.recompute else ():
-            if isinstance(layer, GradientCheckpointingLayer):  # looks at its own flag; the others' would switch dropout on
-                layer.training = torch.is_grad_enabled()
-        where = where.to(self.device)
-        scored = {"scored": where} if self.selects else {}
-        # Padding stands on the right, where a causal model's real tokens never see it: no attention mask is needed.
+    def forward(self, samples: list[Sample]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probs (N,) of the samples' response tokens, and the entropies (N,) of their
+        distributions. The tokens come sample after sample. Equal rows are read once."""
+        unique, which = unique_rows(sample.key for sample in samples)
+        longest = max(len(prompt) + len(response) for prompt, response in unique)  # T
+        rows = [[*prompt, *response] for prompt, response in unique]
+        ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=self.device)
+        # Real tokens never see the padding on their right, so no attention mask is needed.
+        self.set_recompute()
         with self.autocast():
-            hidden = self.model.get_decoder()(input_ids=ids.to(self.device), use_cache=False, **scored).last_hidden_state
-        if not self.selects:
-            hidden = hidden.flatten(0, 1)[where]  # from (B, T, D) to (tokens of distinct rows, D)
-        tokens = max(1, LOGIT_SLICE // self.model.config.vocab_size)
-        parts = [checkpoint(self._score, h, t, use_reentrant=False) if len(hidden) > tokens else self._score(h, t)
-                 for h, t in zip(hidden.split(tokens), targets.split(tokens))]
-        which = which.to(self.device)
-        return torch.cat([part[0] for part in parts])[which], torch.cat([part[1] for part in parts])[which]
+            decoder = self.model.get_decoder()
+            hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state  # (U, T, D)
+        # The token at position t is predicted at t - 1. Lengths decide, never token values.
+        spans = [slice(len(p) - 1, len(p) + len(r) - 1) for p, r in unique]
+        hidden = torch.cat([row[span] for row, span in zip(hidden, spans)])  # (n, D)
+        targets = torch.cat([row[1:][span] for row, span in zip(ids, spans)])  # (n,)
+        sizes = [len(response) for _, response in unique]
+        logprobs, entropy = self.score_tokens(hidden, targets)
+        logprobs, entropy = logprobs.split(sizes), entropy.split(sizes)
+        return torch.cat([logprobs[i] for i in which]), torch.cat([entropy[i] for i in which])
 
-    def _score(self, hidden, targets):
+    def score_tokens(self, hidden, targets):
+        """Log-probs and entropies (n,), in slices: the logits (n, V) are never all in memory."""
+        size = max(1, LOGIT_SLICE // self.known_ids)
+        parts = zip(hidden.split(size), targets.split(size))
+        if len(hidden) > size:
+            scored = [checkpoint(self.score_slice, *part, use_reentrant=False) for part in parts]
+        else:
+            scored = [self.score_slice(*part) for part in parts]
+        logprobs, entropies = zip(*scored)
+        return torch.cat(logprobs), torch.cat(entropies)
+
+    def score_slice(self, hidden, targets):
         with self.autocast():
             logits = self.model.get_output_embeddings()(hidden)
         logits = self.scaled(logits)  # (n, V)
@@ -194,106 +257,79 @@ class LanguageModel(torch.nn.Module):
             entropy = total - ((logits - total[:, None]).exp() * logits).sum(-1)
         return logits.gather(1, targets[:, None])[:, 0] - total, entropy
 
+    def set_recompute(self):
+        """Layers recompute themselves only if `training` is set on them. Setting it on them alone,
+        and only where there is a gradient, leaves dropout off."""
+        for layer in self.model.modules() if self.config.recompute else ():
+            if isinstance(layer, GradientCheckpointingLayer):
+                layer.training = torch.is_grad_enabled()
+
     # --- files ---
 
-    def save(self, folder, weights=None):
-        """Write a folder that AutoModelForCausalLM and AutoTokenizer open. weights: the state dictionary, if not the model's."""
+    def save(self, folder, weights: dict | None = None):
+        """Write a folder for from_pretrained. weights: a state dict, if not the model's own."""
         self.model.save_pretrained(folder, state_dict=weights)
         self.tokenizer.save_pretrained(folder)
 
 
-def open_policy(name, config, dtype=torch.float32):
-    """The policy saved in a folder or a run folder, or a pretrained model by its hub name; for "" a new tiny model for config.task.
+def check_model(model, tokenizer, config: Config):
+    """Raises BadInput if the model cannot be sampled and scored correctly here."""
+    name, text = tokenizer.name_or_path, model.config.get_text_config()
+    need(tokenizer.chat_template, f"{name} has no chat template; use an instruction-tuned model")
+    need(tokenizer.eos_token_id is not None, f"{name} has no end token: no response could end")
+    for option in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+        plain = getattr(text, option, None) in (None, 1.0)  # Gemma 2, Cohere, Granite
+        need(plain, f"{name} transforms its logits ({option}), which scoring does not support")
+    kinds = set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    need(not kinds, f"{name} has layers whose state sampling cannot keep: {', '.join(kinds)}")
+    context = getattr(text, "max_position_embeddings", None)
+    longest = config.max_prompt_tokens + config.max_response_tokens
+    short = f"the context of {name} is {context} tokens, and --max_prompt_tokens and"
+    need(not context or longest <= context, f"{short} --max_response_tokens ask for {longest}")
 
-    dtype: to be trained, a model needs fp32 weights; bf16 is for autocast.
+
+def unique_rows(rows: Iterable[Hashable]) -> tuple[list, list[int]]:
+    """(the distinct rows in order of appearance, the index into them of each row).
+
+    >>> unique_rows("abac")
+    (['a', 'b', 'c'], [0, 1, 0, 2])
     """
-    if not name:
-        return create_tiny(train_tokenizer(corpus(config), config, word_level=config.task == "town"), config)
-    name = str(Path(name) / "model") if (Path(name) / "model").is_dir() else name
+    index, which = {}, []
+    for row in rows:
+        which.append(index.setdefault(row, len(index)))
+    return list(index), which
+
+
+def fit(observation: Observation, num_tokens: Callable, limit: int) -> Observation:
+    """The observation, shortened until num_tokens(observation) is at most `limit`.
+
+    The text beside a question loses its end. Then entries are dropped, the least similar first.
+    Then the scratchpad and the query are cut. Raises BadInput if the task alone is too long.
+    """
+    while (tokens := num_tokens(observation)) > limit:
+        if observation.question and observation.chunk:
+            kept = len(observation.chunk) * limit // tokens * 99 // 100
+            observation = replace(observation, chunk=observation.chunk[:kept])
+        elif observation.entries:
+            observation = replace(observation, entries=observation.entries[:-1])
+        elif observation.scratchpad or observation.query:
+            name = max(("scratchpad", "query"), key=lambda name: len(getattr(observation, name)))
+            text = getattr(observation, name)
+            observation = replace(observation, **{name: text[: len(text) // 2]})
+        else:
+            raise BadInput(
+                f"a prompt of {tokens} tokens, of text and questions alone, is longer than "
+                f"--max_prompt_tokens {limit}: raise it, or lower --chunk_tokens or --questions"
+            )
+    return observation
+
+
+def load_policy(name, config: Config, dtype=torch.float32) -> LanguageModel:
+    """The policy in a folder, or a pretrained model by hub name. Training needs fp32 weights."""
     try:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise BadInput(f"{name}: " + "no such folder, and " * (not Path(name).exists()) + f"transformers cannot load this model: {error}") from error
+        missing = "" if Path(name).exists() else "there is no such folder, and "
+        raise BadInput(f"{name}: {missing}transformers cannot load it: {error}") from error
     return LanguageModel(model, tokenizer, config)
-
-
-def open_player(name, config, device):
-    """A policy that plays and is not trained: with --endpoint, the one that the server has under `name`, else open_policy's.
-
-    On a GPU a pretrained model is in bf16, since autocast would convert all of its weights for every token.
-    """
-    if config.endpoint and not name:
-        raise BadInput("--endpoint needs the model's name at that server: --model NAME (or --teacher NAME)")
-    if config.endpoint:
-        file = Path("runs") / config.name / "responses.jsonl"
-        return EndpointPolicy(Endpoint(config.endpoint, name, file, config.in_flight, config.seed, config.overwrite), config)
-    return open_policy(name, config, torch.bfloat16 if name and config.model and device.type == "cuda" else torch.float32).to(device)
-
-
-def create_tiny(tokenizer, config):
-    """A Qwen3 with random weights, made so that a small one learns.
-
-    Heads of 64 dimensions: Qwen3's QK-norm caps how sharp smaller ones can attend. One head of keys and values for all of them: it
-    learns as well as one for each, and costs a quarter less. Matrices of variance 1 / width, since
-    transformers' 0.02 is meant for widths in the thousands. Embeddings of variance 1, which a tied head would not bear: names
-    that start out almost equal, and then share most of their gradients, are told apart late.
-    """
-    torch.manual_seed(config.seed)
-    model = Qwen3ForCausalLM(Qwen3Config(
-        vocab_size=len(tokenizer), hidden_size=config.hidden_size, num_hidden_layers=config.layers,
-        num_attention_heads=config.heads, num_key_value_heads=1, head_dim=64,
-        intermediate_size=2 * config.hidden_size, initializer_range=config.hidden_size**-0.5, tie_word_embeddings=False,
-        rope_parameters={"rope_type": "default", "rope_theta": float(config.max_prompt_tokens)},  # short texts, fast turns
-        max_position_embeddings=config.max_prompt_tokens + config.max_response_tokens,
-        bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
-    torch.nn.init.normal_(model.get_input_embeddings().weight)
-    return LanguageModel(model, tokenizer, config)
-
-
-def train_tokenizer(texts, config, word_level):
-    """The tiny model's tokenizer: the words of `texts` (word level), or a byte-level BPE trained on them.
-
-    The tags of the dialect are single tokens.
-    """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    special = [PAD, END, RESPONSE] + [f"<{slash}{tag}>" for tag in TAGS[config.dialect].values() for slash in ("", "/")]
-    if word_level:
-        tokenizer = Tokenizer(models.WordLevel(unk_token=PAD))
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()])
-        trainer = trainers.WordLevelTrainer(special_tokens=special)
-    else:
-        tokenizer = Tokenizer(models.BPE())
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        tokenizer.decoder = decoders.ByteLevel()
-        trainer = trainers.BpeTrainer(vocab_size=config.vocab_size, special_tokens=special,
-                                      initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=END, chat_template=TINY_TEMPLATE,
-                                   clean_up_tokenization_spaces=False)
-
-
-# --- playing ------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def evaluating(policy, config):
-    """Inside, `policy` plays at the evaluation temperature, by the settings, and with the prompts, of `config`."""
-    before = policy.config, getattr(policy, "temperature", None)  # a scripted policy has no temperature
-    policy.config, policy.temperature = config, config.eval_temperature
-    try:
-        yield policy
-    finally:
-        policy.config, policy.temperature = before
-
-
-def evaluate(policy, tasks, config, embed, progress=lambda turns, done: None):
-    """Episodes of `tasks`, under `evaluating`."""
-    with evaluating(policy, config):
-        return run_episodes(tasks, policy, config, embed, scorer(config), progress)
-
-
-def check_prompts(policy, tasks, config):
-    """BadInput, before any long work, if the first text and questions of a task do not fit the prompt."""
-    policy.encode([observe(Episode(task, Memory()), config, None) for task in tasks])

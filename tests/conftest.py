@@ -1,7 +1,6 @@
 """Shared fixtures. Everything runs on a CPU, without network."""
 
 import json
-import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -11,39 +10,39 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-import endpoint
 import grpo
 from agent import Response
 from config import Config
 from memory import HashedEmbedder
-from policy import create_tiny, train_tokenizer
 from tasks import Question, Task, corpus
+from training.tiny import create_policy
 
+torch.set_num_threads(1)  # tiny models are faster so, and a busy machine does not stall them
+ROOT = Path(__file__).parent.parent
 DATA = Path(__file__).parent / "data"
-# Settings with which a script is done in a moment.
-TINY = "--cpu --hidden_size 32 --layers 1 --heads 1 --sft_tasks 24 --sft_steps 4 --sft_batch 16 --tasks_per_step 2 " \
-       "--group_size 2 --grpo_steps 2 --save_every 1 --eval_tasks 4".split()
+# Settings with which a script takes a moment.
+TINY = (
+    "--cpu --hidden_size 32 --layers 1 --heads 1 --sft_tasks 24 --sft_steps 4 --sft_batch 16 "
+    "--tasks_per_step 2 --group_size 2 --grpo_steps 2 --save_every 1 --eval_tasks 4"
+).split()
 
 
 class Scripted:
-    """A policy that writes given texts, one list per episode, and keeps what it was shown.
+    """A policy that writes given texts, one list per task, and keeps what it was shown.
 
-    Episodes are told apart by their first question, so give every task its own.
+    Tasks are told apart by their first question, so give every task its own.
     """
 
-    config = None
-
-    def __init__(self, scripts):
+    def __init__(self, scripts: dict[str, list[str]]):
         self.scripts = {question: iter(texts) for question, texts in scripts.items()}
         self.seen = {question: [] for question in scripts}
 
     def respond(self, observations):
         responses = []
         for observation in observations:
-            self.seen[observation.questions[0]].append(observation)
-            responses.append(Response(next(self.scripts[observation.questions[0]], "")))
+            name = observation.questions[0]
+            self.seen[name].append(observation)
+            responses.append(Response(next(self.scripts[name], "")))
         return responses
 
 
@@ -52,21 +51,26 @@ class Recorder(torch.optim.SGD):
 
     gradients = ()
 
-    def step(self):
+    def step(self, closure=None):
         self.gradients = [p.grad.clone() for group in self.param_groups for p in group["params"]]
         super().step()
 
 
-def gradients(policy, rows, tokens, config, reference=None):
-    """Metrics of one update of grpo.py, and the gradients {name: tensor} that it computes."""
+def gradients(policy, samples, num_tokens, config, reference=None):
+    """Metrics of one grpo_step, and the gradients {name: tensor} that it computes."""
     policy.zero_grad()
     recorder = Recorder(policy.parameters(), lr=0.0)
-    metrics = grpo.update(policy, reference, rows, tokens, [recorder], Accelerator(cpu=True), config)
-    return metrics, {name: gradient for (name, _), gradient in zip(policy.named_parameters(), recorder.gradients)}
+    accelerator = Accelerator(cpu=True)
+    metrics = grpo.grpo_step(
+        policy, reference, samples, num_tokens, [recorder], accelerator, config
+    )
+    names = [name for name, _ in policy.named_parameters()]
+    return metrics, dict(zip(names, recorder.gradients))
 
 
 def make_task(chunks, questions=("Who?",), answers=("Ben",)):
-    return Task("made-0", tuple(Question(q, (a,)) for q, a in zip(questions, answers)), tuple(chunks), tuple(chunks))
+    asked = tuple(Question(text, (answer,)) for text, answer in zip(questions, answers))
+    return Task("made-0", asked, tuple(chunks), tuple(chunks))
 
 
 @pytest.fixture
@@ -79,10 +83,10 @@ def embed():
     return HashedEmbedder()
 
 
-def tiny_policy(seed=42):
+def tiny_policy(seed=42, **settings):
     """A very small policy for the town, with random weights."""
-    config = Config(hidden_size=32, layers=2, heads=1, seed=seed)
-    return create_tiny(train_tokenizer(corpus(config), config, word_level=True), config)
+    config = Config(hidden_size=32, layers=2, heads=1, seed=seed, **settings)
+    return create_policy(config, corpus(config))
 
 
 @pytest.fixture
@@ -90,12 +94,16 @@ def tiny():
     return tiny_policy()
 
 
-class Server(ThreadingHTTPServer):  # in the place of an OpenAI-compatible one
-    """Answers by `reply(conversation)`: a text, or a number, the HTTP error. `most` counts the
-    questions it had at the same time; a `strict` one refuses fields that OpenAI's do not have."""
+class Server(ThreadingHTTPServer):
+    """In the place of an OpenAI-compatible server.
+
+    It answers by reply(messages): a text, or a number, the HTTP error. `most` counts the requests
+    it had at the same time. A `strict` one refuses fields that OpenAI's does not have.
+    """
 
     def __init__(self, reply):
-        self.reply, self.seen, self.now, self.most, self.lock, self.strict = reply, [], 0, 0, threading.Lock(), False
+        self.reply, self.seen, self.now, self.most = reply, [], 0, 0
+        self.lock, self.strict = threading.Lock(), False
         super().__init__(("127.0.0.1", 0), Handler)
         threading.Thread(target=self.serve_forever, daemon=True).start()
         self.url = f"http://127.0.0.1:{self.server_port}/v1"
@@ -109,12 +117,20 @@ class Handler(BaseHTTPRequestHandler):
             server.now += 1
             server.most = max(server.most, server.now)
         time.sleep(0.02)
-        reply = 400 if server.strict and "chat_template_kwargs" in body else server.reply(body["messages"])
+        refused = server.strict and "chat_template_kwargs" in body
+        reply = 400 if refused else server.reply(body["messages"])
         with server.lock:
             server.now -= 1
-        answer = {"id": "x", "object": "chat.completion", "created": 0, "model": body["model"], "system_fingerprint": "",
-                  "usage": {"prompt_tokens": 1, "completion_tokens": 7, "total_tokens": 8}, "choices": [
-                      {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": reply}}]}
+        message = {"role": "assistant", "content": reply}
+        answer = {
+            "id": "x",
+            "object": "chat.completion",
+            "created": 0,
+            "model": body["model"],
+            "system_fingerprint": "",
+            "usage": {"prompt_tokens": 1, "completion_tokens": 7, "total_tokens": 8},
+            "choices": [{"index": 0, "finish_reason": "stop", "message": message}],
+        }
         data = json.dumps(answer if isinstance(reply, str) else {"error": "no"}).encode()
         self.send_response(200 if isinstance(reply, str) else reply)
         self.send_header("Content-Type", "application/json")
@@ -128,7 +144,8 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def serve(monkeypatch):
-    monkeypatch.setattr(endpoint, "PAUSES", (0.01, 0.01, 0.01))
+    """serve(reply) starts a Server. Retries come at once."""
+    monkeypatch.setattr("tools.server.PAUSES", (0.01, 0.01, 0.01))
     servers = []
 
     def start(reply):
@@ -137,4 +154,5 @@ def serve(monkeypatch):
 
     yield start
     for server in servers:
-        server.shutdown(), server.server_close()
+        server.shutdown()
+        server.server_close()

@@ -1,69 +1,129 @@
-"""What test_parallel.py runs in two processes, and in one to compare with: torchrun parallel_worker.py updates FILE; or, with grpo.py's flags, GRPO with
-a fault."""
+"""What test_parallel.py runs in two processes: parallel_worker.py ddp, or parallel_worker.py fsdp.
 
+One launch makes several runs, because starting a process takes seconds. Results are written into
+the working directory.
+"""
+
+import gc
 import os
 import random
+import shutil
 import sys
+from unittest.mock import patch
 
 import torch
 from accelerate import Accelerator
-from conftest import Recorder, tiny_policy
+from accelerate.state import PartialState
+from conftest import TINY, Recorder, tiny_policy
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 import grpo
-import parallel
+import sft
+from agent import Episode
 from config import Config
+from policy import Sample
+from training import distributed
 
 
-def random_rows(number, seed):
-    """Rows of grpo.training_rows, of very different lengths."""
+def random_samples(number: int, seed: int) -> list[Sample]:
+    """Samples of very different lengths."""
     rng = random.Random(seed)
 
     def ids(most):
         return [rng.randrange(20, 90) for _ in range(rng.randint(1, most))]
 
-    rows = [(ids(60), ids(15)) for _ in range(number)]
-    return [(prompt, response, [-rng.random() for _ in response], rng.uniform(-1, 1)) for prompt, response in rows]
+    samples = []
+    for _ in range(number):
+        prompt, response = ids(60), ids(15)
+        logprobs = [-rng.random() for _ in response]
+        samples.append(Sample(prompt, response, logprobs, rng.uniform(-1, 1)))
+    return samples
 
 
-def two_updates(accelerator, number, seed=0):
-    """Metrics, gradients and weights (as lists) after two updates on `number` rows, with all that a step can have."""
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.clone()
+
+
+def two_updates(accelerator: Accelerator, number: int, seed: int = 0) -> dict:
+    """Metrics, gradients and weights after two GRPO updates on `number` samples, with a KL term."""
     config = Config(kl=0.1, micro_batch_tokens=150, max_grad_norm=0.3)
-    policy, reference = tiny_policy(seed), parallel.frozen(accelerator, tiny_policy(seed + 1))
-    everything = random_rows(number, seed)
-    rows = parallel.share(accelerator, everything)
-    wrapped = parallel.distribute(accelerator, policy)
+    policy = tiny_policy(seed)
+    reference = tiny_policy(seed + 1).requires_grad_(False)
+    everything = random_samples(number, seed)
+    samples = distributed.shard(everything, accelerator)
+    model = distributed.distribute(policy, accelerator)
     optimizer = Recorder(policy.parameters(), lr=0.1)
-    player = parallel.rollout_policy(accelerator, policy)
-    rows = grpo.with_old(wrapped, rows, accelerator, config)
-    tokens = sum(len(row[1]) for row in everything)
-    metrics = [grpo.update(wrapped, reference, rows, tokens, [optimizer], accelerator, config) for _ in range(2)]
-    parallel.refresh(player, policy)
-    weights = [parallel.whole(p.detach(), True) for p in policy.parameters()]
-    assert all(torch.equal(own, weight) for own, weight in zip(player.parameters(), weights))
-    return {"metrics": metrics, "weights": weights, "gradients": [parallel.whole(g, True) for g in optimizer.gradients]}
+    rollout_model = distributed.make_rollout_model(policy, accelerator)
+    samples = grpo.with_old_logprobs(model, samples, accelerator, config)
+    num_tokens = sum(len(sample.response_ids) for sample in everything)
+    metrics = [
+        grpo.grpo_step(model, reference, samples, num_tokens, [optimizer], accelerator, config)
+        for _ in range(2)
+    ]
+    distributed.sync_weights(rollout_model, policy)
+    weights = [whole(p.detach()) for p in policy.parameters()]
+    copied = [p.detach() for p in rollout_model.parameters()]
+    assert all(torch.equal(*pair) for pair in zip(copied, weights, strict=True))
+    gradients = [whole(gradient) for gradient in optimizer.gradients]
+    accelerator.free_memory()
+    return {"metrics": metrics, "weights": weights, "gradients": gradients}
 
 
-def fail_in_one(episodes, count=iter(range(100))):
-    """In place of grpo.tally: the second process finds a fault in its second step, while the first goes on to a meeting."""
-    if next(count) == 1 and os.environ["RANK"] == "1":
+def made_up_reward(episode) -> float:
+    """An untrained policy earns nothing, and without differences nothing would be trained."""
+    return sum(turn.response.tokens for turn in episode.turns) % 5 / 4
+
+
+def main_of(script, *arguments):
+    """Run a script, but keep the process group for the next one. A DDP wrapper that is still alive
+    when the group is destroyed can wait for ever for one of the group's threads."""
+
+    def end_training(accelerator):
+        wrappers = [one for one in gc.get_objects() if type(one) is DistributedDataParallel]
+        assert not wrappers, "a DDP wrapper outlives the process group"
+
+    argv = [f"{script.__name__}.py", *map(str, arguments)]
+    with patch("sys.argv", argv), patch.object(Accelerator, "end_training", end_training):
+        script.main()
+
+
+def count_or_fail(*arguments, count=grpo.count):
+    """grpo.count, but the second process finds a fault. The first one continues, to the next
+    collective call."""
+    if os.environ["RANK"] == "1":
         raise SystemExit("the second process has found a fault")
-    return grpo_tally(episodes)
+    return count(*arguments)
 
 
-def updates(file):
-    """Save two_updates of both kinds of parallelism, with enough rows for both processes and with one row."""
+def ddp():
+    """two_updates with DDP and with FSDP2, SFT, and GRPO where the second process has no task."""
     accelerator, results = Accelerator(cpu=True), {}
-    for sharded in ("false", "true"):
+    for sharded in ("true", "false"):
         os.environ |= {"ACCELERATE_USE_FSDP": sharded, "FSDP_VERSION": "2"}
         for number in (9, 1):
             results[sharded, number] = two_updates(accelerator, number)
     if accelerator.is_main_process:
-        torch.save(results, file)
+        torch.save(results, "results.pt")
+    main_of(sft, *TINY)
+    with patch.object(Episode, "reward", property(made_up_reward)):
+        main_of(grpo, *TINY, "--tasks_per_step", 1)
+    accelerator.end_training()
+
+
+def fsdp():
+    """SFT, its last step again by --resume, GRPO, and GRPO with a fault in the second process."""
+    main_of(sft, *TINY)
+    if PartialState().is_main_process:
+        shutil.copytree("runs/town/sft", "runs/resumed/sft")
+        shutil.rmtree("runs/resumed/sft/step-000004")  # as if it had been killed in step 4
+    PartialState().wait_for_everyone()
+    main_of(sft, "--resume", "runs/resumed/sft")
+    with patch.object(Episode, "reward", property(made_up_reward)):
+        main_of(grpo, *TINY, "--kl", 0.1, "--updates_per_rollout", 2)
+    with patch("grpo.count", count_or_fail):
+        main_of(grpo, *TINY, "--overwrite", "--name", "fault", "--from", "runs/town/sft")
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "updates":
-        updates(sys.argv[2])
-    else:  # grpo.py with a fault
-        grpo_tally, grpo.tally = grpo.tally, fail_in_one
-        grpo.main()
+    {"ddp": ddp, "fsdp": fsdp}[sys.argv[1]]()

@@ -1,69 +1,226 @@
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 
-import config as module
-from config import BadInput, Config, load_settings, parse_args
+from config import PRESETS, TASKS, BadInput, Config, check_new_file, load_settings, parse_args
+from training.checkpoint import Run
 
 
-def parsed(monkeypatch, *arguments, default_run=None):
-    monkeypatch.setattr("sys.argv", ["script.py", *arguments])
-    return parse_args("", default_run=default_run)[0]
+@pytest.fixture
+def parse(monkeypatch, tmp_path):
+    """parse("--flag value", ...) -> (config, other arguments), in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def parse(line="", **keywords):
+        monkeypatch.setattr("sys.argv", ["script.py", *line.split()])
+        return parse_args("", **keywords)
+
+    return parse
 
 
-@pytest.mark.parametrize("settings, complaint", [
-    (dict(task="village"), "--task"),
-    (dict(task="musique"), "--data"),
-    (dict(data="x.json"), "--data"),
-    (dict(disable=["forget"]), "--disable"),
-    (dict(group_size=1), "--group_size"),
-    (dict(temperature=0.0), "--temperature"),
-    (dict(questions=11), "--questions"),
-    (dict(top_k=0), "--top_k"),
-    (dict(kl=-1.0), "--kl"),
-    (dict(task="musique", data="x", max_prompt_tokens=900), "--max_prompt_tokens"),
-])
+@pytest.fixture
+def refused(parse, capsys):
+    """refused("--flag value", ...) -> the message with which the command line is refused."""
+
+    def refused(line, **keywords):
+        with pytest.raises(SystemExit) as raised:
+            parse(line, **keywords)
+        message = capsys.readouterr().err
+        assert raised.value.code == 2 and "Traceback" not in message
+        return message
+
+    return refused
+
+
+def write_run(folder, stage="sft", **settings):
+    """A run folder that has settings and nothing else."""
+    folder = Path(folder)
+    folder.mkdir(parents=True)
+    values = {"stage": stage} | Config(**settings).saved()
+    (folder / "config.json").write_text(json.dumps(values))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "settings, complaint",
+    [
+        (dict(task="village"), "--task"),
+        (dict(task="musique"), "--data"),
+        (dict(data="x.json"), "--data"),
+        (dict(disable=["forget"]), "--disable"),
+        (dict(group_size=1), "--group_size"),
+        (dict(temperature=0.0), "--temperature"),
+        (dict(questions=11), "--questions"),
+        (dict(questions=5), "--questions"),  # of the town
+        (dict(top_k=0), "--top_k"),
+        (dict(kl=-1.0), "--kl"),
+        (dict(clip_low=1.0), "--clip_low"),
+        (dict(easy_share=1.0), "--easy_share"),
+        (dict(grpo_decay=1.5), "--grpo_decay"),
+        (dict(task="musique", data="x", max_prompt_tokens=900), "--max_prompt_tokens"),
+    ],
+)
 def test_contradictions_fail_at_once(settings, complaint):
     """Bug: an impossible setting is found out an hour into the run."""
     with pytest.raises(BadInput, match=complaint):
         Config(**settings)
 
 
-def test_later_sources_win(monkeypatch, tmp_path):
+def test_a_bad_flag_is_one_sentence(refused):
+    """Bug: a mistake on the command line ends in a traceback, or is accepted."""
+    assert "--group_size must be at least 2, not 1" in refused("--group_size 1")
+    assert "--topk" in refused("--topk 3")
+    assert "--top" in refused("--top 3")  # no abbreviations: a new flag would change their meaning
+
+
+def test_later_sources_win(parse):
     """Bug: a preset or a saved run overrides what was typed on the command line."""
-    (tmp_path / "config.json").write_text(Config(name="mine", top_k=3, hidden_size=64).json())
-    found = parsed(monkeypatch, "--from", str(tmp_path), "--top_k", "5")
-    assert (found.name, found.top_k, found.hidden_size) == ("mine", 5, 64)
-    found = parsed(monkeypatch, "--preset", "paper", "--data", "x.json", "--top_k", "5")
-    assert (found.model, found.top_k, found.group_size) == ("Qwen/Qwen3-8B", 5, 16)
-    assert parsed(monkeypatch, default_run=lambda name: tmp_path).top_k == 3
-    found = parsed(monkeypatch, "--preset", "paper", "--from", str(tmp_path), "--model", "m")
-    assert (found.model, found.top_k, found.name) == ("m", 3, "mine")
-    assert parsed(monkeypatch, "--model", "m").optimizer == "adamw"
-    assert parsed(monkeypatch, "--task", "musique", "--data", "x").max_response_tokens == module.PRESETS["qa"]["max_response_tokens"]
+    run = write_run("runs/old", top_k=3, hidden_size=64, grpo_lr=0.5, warmup_steps=9)
+
+    def values(line):
+        config, _ = parse(line)
+        return config.top_k, config.hidden_size, config.grpo_lr, config.layers
+
+    default = Config()
+    assert values("") == (default.top_k, default.hidden_size, default.grpo_lr, default.layers)
+    assert values("--top_k 5") == (5, *values("")[1:])
+    preset = PRESETS["pretrained"]
+    assert values("--preset pretrained")[::2] == (preset["top_k"], preset["grpo_lr"])
+    assert values("--preset pretrained")[1::2] == (default.hidden_size, default.layers)
+    assert values("--preset pretrained --grpo_lr 2")[::2] == (preset["top_k"], 2)
+    assert values(f"--from {run}") == (3, 64, 0.5, default.layers)
+    assert values(f"--preset pretrained --from {run} --top_k 5") == (5, 64, 0.5, default.layers)
 
 
-def test_the_presets_are_settings():
-    """Bug: a preset names a field that does not exist, or contradicts itself."""
-    for preset in module.PRESETS.values():
-        Config(**{"data": "x.json" if preset else "", "task": "hotpotqa" if preset else "town", **preset})
+def test_a_flag_switches_off_what_a_run_switched_on(parse):
+    """Bug: a saved True cannot be overridden, because the flag takes no value."""
+    run = write_run("runs/old", recompute=True)
+    assert parse(f"--from {run}")[0].recompute is True
+    assert parse(f"--from {run} --recompute False")[0].recompute is False
 
 
-def test_saved_settings_come_back(tmp_path):
-    """Bug: a run cannot be repeated from its folder, or a newer version's setting is dropped in silence."""
-    saved = Config(disable=["read"], seed=7)
-    (tmp_path / "config.json").write_text(saved.json())
-    assert Config(**load_settings(tmp_path)) == saved
-    (tmp_path / "config.json").write_text(json.dumps({"brightness": 3}))
-    with pytest.raises(BadInput, match="brightness"):
-        load_settings(tmp_path)
+def test_a_run_of_the_name_is_the_default_and_announced(parse, capsys):
+    """Bug: the wrong run is picked up, or one is picked up without a word."""
+    stages = ("grpo", "sft")
+    write_run("runs/town/sft", top_k=2)
+    write_run("runs/mine/sft", top_k=3)
+    write_run("runs/mine/grpo", "grpo", top_k=9)
+
+    def found(line, stages=stages):
+        config, args = parse(line, default_runs=stages)
+        start = None if args.start is None else Path(args.start).as_posix()
+        assert (f"starting from {start}" in capsys.readouterr().out) == bool(start)
+        return config.name, config.top_k, start
+
+    assert found("") == ("town", 2, "runs/town/sft")
+    assert found("--name mine") == ("mine", 9, "runs/mine/grpo")
+    assert found("--name mine", ("sft",)) == ("mine", 3, "runs/mine/sft")
+    assert found("--name mine --top_k 5") == ("mine", 5, "runs/mine/grpo")
+    # Nothing is picked up for another name, or beside a preset or a model.
+    top_k = Config().top_k
+    assert found("--name mine", ()) == ("mine", top_k, None)
+    assert found("--name other") == ("other", top_k, None)
+    assert found("--name mine --preset town") == ("mine", top_k, None)
+    assert found("--name mine --model m") == ("mine", top_k, None)
+    config, args = parse("--name mine --from runs/town/sft", default_runs=stages)
+    assert (config.top_k, args.start) == (2, "runs/town/sft")
 
 
-def test_help_lists_every_setting(monkeypatch, capsys):
+def test_a_model_beside_a_run_is_refused(parse, refused):
+    """Bug: --model is ignored because --from has a model of its own, or replaces it in silence."""
+    run = write_run("runs/old")
+    assert "--model is for a new run" in refused(f"--from {run} --model m")
+    assert "--model is for a new run" in refused(f"--resume {run} --model m", resume=True)
+
+
+def test_resume_changes_nothing_but_the_length(parse, refused):
+    """Bug: a resumed run continues with other settings, so its metrics are those of two runs."""
+    run = write_run("runs/old", top_k=3, seed=7)
+    config, args = parse(f"--resume {run} --sft_steps 9 --save_every 2", resume=True)
+    assert (config.top_k, config.seed, config.sft_steps, config.save_every) == (3, 7, 9, 2)
+    assert (args.start, args.resume) == (str(run), str(run))
+    assert parse(f"--resume {run} --top_k 3", resume=True)[0].top_k == 3
+    message = refused(f"--resume {run} --top_k 5 --seed 8", resume=True)
+    assert "another --top_k, --seed" in message
+    for more in ("--preset qa", "--name other", "--overwrite", "--from runs/old"):
+        assert "no --from, --preset, --name" in refused(f"--resume {run} {more}", resume=True)
+    assert "--resume" in refused(f"--resume {run}")  # a script that has no --resume
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_presets_are_settings(preset):
+    """Bug: a preset names a field that does not exist, contradicts itself, or has a value of
+    another type, which the run's folder would not be read back with."""
+    default = Config()
+    for name, value in PRESETS[preset].items():
+        assert type(value) is type(getattr(default, name))
+    for task in TASKS[1:] if preset != "town" else ("town",):
+        data = "" if task == "town" else "x.json"
+        config = Config(**PRESETS[preset] | {"task": task, "data": data})
+        assert config.folder("sft") == Path("runs", task, "sft")
+
+
+def test_saved_settings_come_back(tmp_path, monkeypatch):
+    """Bug: a run cannot be repeated from its folder, or carries the name and the --overwrite of
+    one command over to the next."""
+    monkeypatch.chdir(tmp_path)
+    config = Config(disable=["read"], seed=7, name="mine", overwrite=True, cpu=True)
+    Run(config, "grpo").prepare_folder()
+    written = json.loads(Path("runs/mine/grpo/config.json").read_text())
+    assert written["stage"] == "grpo" and not {"name", "overwrite"} & set(written)
+    stage, settings = load_settings("runs/mine/grpo")
+    assert stage == "grpo" and "stage" not in settings
+    assert Config(**settings) == dataclasses.replace(config, name="town", overwrite=False)
+
+
+@pytest.mark.parametrize(
+    "text, complaint",
+    [
+        ('{"stage": "sft", "brightness": 3}', "does not know: brightness"),
+        ('{"stage": "sft", "top_k": "3"}', "does not know: top_k"),
+        ('{"top_k": 3}', "not a run folder"),
+        ("[1]", "not a run folder"),
+        ("{", "not a run folder"),
+        (None, "not a run folder"),
+    ],
+)
+def test_settings_that_cannot_be_read_are_refused(parse, refused, text, complaint):
+    """Bug: a setting of another version is dropped in silence, or a folder that is no run ends in a
+    traceback."""
+    Path("run").mkdir()
+    if text is not None:
+        Path("run/config.json").write_text(text)
+    with pytest.raises(BadInput, match=complaint):
+        load_settings("run")
+    assert complaint in refused("--from run")
+
+
+def test_help_lists_every_setting(parse, capsys):
     """Bug: a per cent sign in one field's help makes --help a traceback."""
     with pytest.raises(SystemExit) as raised:
-        parsed(monkeypatch, "--help")
+        parse("--help", resume=True)
     out = capsys.readouterr().out
-    assert raised.value.code == 0 and "over the last 60 % (default: 0.005)" in " ".join(out.split())
-    assert all(f"--{field.name}" in out for field in dataclasses.fields(Config))
+    assert raised.value.code == 0
+    assert "over the last 60 % (default: 0.005)" in " ".join(out.split())
+    names = [field.name for field in dataclasses.fields(Config)]
+    assert all(f"--{name}" in out for name in [*names, "preset", "from", "resume"])
+
+
+def test_a_scripts_own_flags_are_no_settings(parse):
+    """Bug: a flag of one script ends up in the settings, or hides one of them."""
+    config, args = parse("--out x.jsonl --top_k 7", extra=[("--out", dict(default="y"))])
+    assert (config.top_k, args.out, args.start) == (7, "x.jsonl", None)
+    assert not hasattr(args, "top_k")
+
+
+def test_a_file_is_overwritten_only_on_request(tmp_path):
+    """Bug: an old file is lost, or a folder that is missing is found out after the work."""
+    check_new_file("--out", tmp_path / "new", overwrite=False)
+    (tmp_path / "old").write_text("x")
+    with pytest.raises(BadInput, match="--overwrite"):
+        check_new_file("--out", tmp_path / "old", overwrite=False)
+    check_new_file("--out", tmp_path / "old", overwrite=True)
+    with pytest.raises(BadInput, match="there is no folder"):
+        check_new_file("--out", tmp_path / "nowhere" / "new", overwrite=True)

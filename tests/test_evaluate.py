@@ -1,121 +1,207 @@
-import dataclasses
 import json
-import sys
-from unittest.mock import Mock
+import shutil
+from dataclasses import replace
 
 import pytest
+import torch
 from conftest import DATA, Scripted, make_task
 
 import evaluate
-import show
 from agent import instruction, run_episodes
 from config import OPERATIONS, PRESETS, BadInput, Config
-from scoring import exact_match
-from tasks import held_out_tasks, town_task
+from evaluate import Contestant
+from tasks import held_out_tasks
+from tasks.scoring import exact_match
+
+
+class Model(Scripted):
+    """A script in the place of a LanguageModel."""
+
+    def with_config(self, config, temperature):
+        return self
+
+
+def qa_config(task="hotpotqa", file="hotpotqa.json", **settings):
+    return Config(**PRESETS["qa"] | dict(task=task, data=str(DATA / file), **settings))
+
+
+@pytest.fixture(scope="module")
+def gold_of():
+    """Function from a config to the demonstrator as a contestant. Making a tokenizer takes long."""
+    made = {}
+
+    def get(config):
+        if config.data not in made:
+            made[config.data] = evaluate.open_contestants(config, [], torch.device("cpu"), True)
+        [contestant] = made[config.data]
+        return contestant
+
+    return get
 
 
 def test_bootstrap_interval():
-    """Bug: questions of one task are resampled as if they were independent, which makes the interval too narrow."""
+    """Bug: questions of one task count as independent, so the interval is too narrow."""
     low, high = evaluate.bootstrap([0, 4] * 50, [4, 4] * 50)
     assert low == pytest.approx(0.40, abs=0.02) and high == pytest.approx(0.60, abs=0.02)
     assert list(evaluate.bootstrap([3, 3], [3, 3])) == [1, 1]
 
 
 def test_a_row_counts_every_question(config, embed):
-    """Bug: only the first question or task of a batch is scored, or unanswered questions leave the denominator."""
+    """Bug: only the first task of a batch is scored, or unanswered questions do not count."""
     tasks = [make_task(["a"], (f"Q{n}a?", f"Q{n}b?"), ("Ben", "the Red Cat")) for n in range(3)]
-    script = {"Q0a?": ["", "<answer>ben</answer>", "<answer>cat</answer>"], "Q1a?": [], "Q2a?": ["", "", "<answer>red cat</answer>"]}
-    row = evaluate.measure("x", run_episodes(tasks, Scripted(script), config, embed, exact_match), 1.0)
+    script = {
+        "Q0a?": ["", "<answer>ben</answer>", "<answer>cat</answer>"],
+        "Q1a?": [],
+        "Q2a?": ["", "", "<answer>red cat</answer>"],
+    }
+    episodes = run_episodes(tasks, Scripted(script), config, embed, exact_match)
+    row = evaluate.measure("x", episodes, 1.0)
     assert row["questions"] == 6 and row["tasks"] == 3
-    assert row["em"] == pytest.approx(100 * 2 / 6) and row["f1"] == pytest.approx(100 * (2 + 2 / 3) / 6)
+    assert row["em"] == pytest.approx(100 * 2 / 6)
+    assert row["f1"] == pytest.approx(100 * (2 + 2 / 3) / 6)
     assert row["turns"] == pytest.approx(9 / 3) and row["answer"] == pytest.approx(3 / 9)
-    assert "x" in evaluate.table([row])
 
 
-def test_the_trace_replays_the_memory(config, embed):
-    """Bug: the memory shown after a turn is not what the store held."""
-    script = ["<create_memory>Anna has a cat</create_memory><create_memory>Ben</create_memory><read_memory>cat</read_memory>",
-              "<update_memory>1: Anna has a dog</update_memory><delete_memory>7</delete_memory>", "<answer>Ben</answer>"]
-    [episode] = run_episodes([make_task(["one", "two"])], Scripted({"Who?": script}), config, embed, exact_match)
-    text = show.trace(episode)
-    assert "memory: [0] Anna has a dog | [1] Ben" in text and "not executed, delete" in text
-    assert "answer: Ben  gold: Ben  score: 1" in text
+def test_the_judge_has_its_own_column(config, embed):
+    """Bug: the judge's verdicts replace exact match, or are divided by the answered questions."""
+    tasks = [make_task(["a"], ("Q0?", "Q1?"), ("Ben", "Ben"))]
+    script = {"Q0?": ["", "<answer>Benjamin</answer>", ""]}
+    episodes = run_episodes(tasks, Scripted(script), config, embed, exact_match)
+    row = evaluate.measure("x", episodes, 1.0, judge=lambda episodes: 1)
+    assert row["judge"] == 50 and row["em"] == 0
 
 
-def test_the_trace_cannot_command_the_terminal(config, embed):
-    """Bug: a document with escape sequences in it clears the screen, or hides what the policy did."""
-    [episode] = run_episodes([make_task(["a\x1b[2Jb\u202e漢字"])], Scripted({"Who?": []}), config, embed, exact_match)
-    assert "a\\x1b[2Jb\\u202e漢字\n" in show.trace(episode)
+def test_the_table_is_aligned(config, embed):
+    """Bug: a title stands above another column than its own, or a column is lost."""
+    script = {"Who?": ["", "<answer>Ben</answer>"]}
+    episodes = run_episodes([make_task(["a"])], Scripted(script), config, embed, exact_match)
+    row = evaluate.measure("a label of a certain length", episodes, 1.0)
+    lost = row | {"judge": 12.3, "lost": 4.5, "lost_low": -1.2, "lost_high": 6.7}
+    head, plain = evaluate.table([row]).splitlines()
+    assert len(head) == len(plain) and "judge" not in head and "lost" not in head
+    head, line = evaluate.table([lost]).splitlines()
+    for title, value in (("em", "100.0"), ("judge", "12.3"), ("lost_low", "-1.2")):
+        end = head.index(f" {title} ") + 1 + len(title)
+        assert line[:end].endswith(f" {value}")
+    assert line.endswith(" 6.7")
 
 
-@pytest.mark.parametrize("task, file", [("2wikimultihopqa", "2wikimultihopqa.json"), ("musique", "musique.jsonl")])
-def test_qa_sets_are_evaluated(task, file, embed):
-    """Bug: a set is scored by another set's rules, or only HotpotQA's files get through evaluate.py."""
-    config = Config(**PRESETS["qa"] | dict(task=task, data=str(DATA / file), documents=20, questions=1))
-    count, [(label, make_policy)] = evaluate.policies(config, {"gold": True, "runs": []}, False, "cpu")
-    episodes = evaluate.play(label, make_policy, evaluate.Variant(), config, held_out_tasks(config, "test", 20, count), embed)
-    row = evaluate.measure(label, episodes, 1.0)
-    assert row["questions"] == 20 and row["em"] > 50 and row["f1"] >= row["em"] and row["invalid"] == 0
+@pytest.mark.parametrize(
+    "task, file", [("2wikimultihopqa", "2wikimultihopqa.json"), ("musique", "musique.jsonl")]
+)
+def test_qa_sets_are_evaluated(task, file, embed, gold_of):
+    """Bug: a set is scored by another set's rules, or only HotpotQA's files can be evaluated."""
+    config = qa_config(task, file, documents=20, questions=1)
+    gold = gold_of(config)
+    tasks = held_out_tasks(config, "test", 20, gold.model.count)
+    episodes = evaluate.play("x", gold, evaluate.Variant(), config, tasks, embed)
+    row = evaluate.measure("x", episodes, 1.0)
+    assert row["questions"] == 20 and row["em"] > 50 and row["f1"] >= row["em"]
+    assert row["invalid"] == 0
 
 
-def test_baselines(embed):
-    """Bug: a baseline sees less than it should (its window, its documents), or more: a memory, another question's documents."""
-    config = Config(**PRESETS["qa"] | dict(task="hotpotqa", data=str(DATA / "hotpotqa.json"), documents=30, questions=2, max_prompt_tokens=20_000))
-    count, [(label, make_policy)] = evaluate.policies(config, {"gold": True, "runs": []}, False, "cpu")
+@pytest.fixture
+def baseline(embed, gold_of):
+    """Function from a baseline's name and settings to the demonstrator's row and episodes."""
+    long = dict(max_prompt_tokens=20_000, max_response_tokens=500)
+    config = qa_config(documents=30, questions=2, **long)
+    gold = gold_of(config)
 
     def row(variant, **settings):
-        now = dataclasses.replace(config, **settings)
-        episodes = evaluate.play(label, make_policy, evaluate.BASELINES[variant], now, held_out_tasks(now, "test", 10, count), embed)
+        now = replace(config, **settings)
+        tasks = held_out_tasks(now, "test", 10, gold.model.count)
+        episodes = evaluate.play(variant, gold, evaluate.BASELINES[variant], now, tasks, embed)
         return evaluate.measure(variant, episodes, 1.0), episodes
 
-    full, _ = row("full context")
-    assert full["em"] == 100 and full["label"] == "full context (100% of it)" and full["turns"] == 2
-    part, _ = row("full context", max_prompt_tokens=4000)
+    return row
+
+
+def test_full_context(baseline):
+    """Bug: the full-context baseline sees less than its window holds, or the label hides that."""
+    full, _ = baseline("full context")
+    assert full["em"] == 100 and full["turns"] == 2
+    assert full["label"] == "full context (100% of it)"
+    part, _ = baseline("full context", max_prompt_tokens=4000)
     assert 0 < part["em"] < 100 and part["label"] != full["label"]
-    rag, episodes = row("RAG")
+
+
+def test_rag(baseline):
+    """Bug: RAG lacks documents, searches with something else than the question, or sees all."""
+    rag, episodes = baseline("RAG")
     assert 0 < rag["em"] < 100 and rag["create"] > 0 and rag["entries"] == 30
-    assert all(turn.observation.query == turn.observation.question for e in episodes for turn in e.turns if "<answer>" in turn.response.text)
-    assert row("RAG", top_k=1)[0]["em"] < rag["em"] < row("RAG", top_k=12)[0]["em"]
-    notes, _ = row("scratchpad", max_response_tokens=500)
+    turns = [turn for episode in episodes for turn in episode.turns]
+    asked = [turn.observation for turn in turns if "<answer>" in turn.response.text]
+    assert asked and all(shown.query == shown.question for shown in asked)
+    assert baseline("RAG", top_k=1)[0]["em"] < rag["em"] < baseline("RAG", top_k=12)[0]["em"]
+
+
+@pytest.mark.parametrize("settings", [dict(max_reads=0), dict(disable=["read", "create"])])
+def test_rag_can_always_search(baseline, settings):
+    """Bug: RAG's own Read is refused by --max_reads 0 or --disable read, so it scores 0."""
+    assert baseline("RAG", **settings)[0]["em"] == baseline("RAG")[0]["em"] > 0
+
+
+def test_scratchpad_and_no_memory(baseline):
+    """Bug: a baseline has a memory that it should not have."""
+    notes, _ = baseline("scratchpad")
     assert notes["em"] > 50 and notes["entries"] == 0 and notes["scratchpad"] > 0
-    nothing, _ = row("no memory")
+    nothing, _ = baseline("no memory")
     assert nothing["em"] == 0 and nothing["turns"] == 2
 
 
 def test_baselines_of_a_model(tiny, embed):
-    """Bug: the script around a model asks it for no answers at all, or a trained policy's Reads and Creates get past it."""
-    config = dataclasses.replace(tiny.config, eval_tasks=4)
+    """Bug: a baseline that the demonstrator plays fails with a language model."""
+    config = replace(tiny.config, eval_tasks=4)
+    tasks = held_out_tasks(config, "test", 4, tiny.count)
     for variant in evaluate.BASELINES.values():
-        assert len(evaluate.play("x", lambda tasks, now: tiny, variant, config, held_out_tasks(config, "test", 4, tiny.count), embed)) == 4
-    wild = Scripted({"Who?": ["<delete_memory>1</delete_memory><answer>Eva</answer><create_memory>x</create_memory><answer>Ben</answer>"]})
-    rag, task = evaluate.RAG(wild, config), make_task(["Ben bakes.", "Who is Eva?"])
-    [episode] = run_episodes([evaluate.BASELINES["RAG"].change(task)], rag, config, embed, exact_match)
+        played = evaluate.play("x", Contestant("x", tiny), variant, config, tasks, embed)
+        assert len(played) == 4 and all(episode.done for episode in played)
+    answering = replace(config, disable=list(OPERATIONS))
+    assert "memory" not in instruction(answering) and "<answer>" in instruction(config)
+
+
+def test_rag_lets_a_model_only_answer(config, embed):
+    """Bug: a trained policy's own Deletes and Creates are executed while it is RAG's reader."""
+    text = "<delete_memory>1</delete_memory><answer>Eva</answer><create_memory>x</create_memory>"
+    wild, task = (
+        Model({"Who?": [text + "<answer>Ben</answer>"]}),
+        make_task(["Ben bakes.", "Who is Eva?"]),
+    )
+    rag = evaluate.BASELINES["RAG"]
+    [episode] = evaluate.play("x", Contestant("x", wild), rag, config, [task], embed)
     assert episode.reward == 1 and len(episode.turns) == 4 and len(episode.memory) == 2
     assert wild.seen["Who?"][0].entries[0].text == "Who is Eva?"  # found for the question
-    assert "memory" not in instruction(dataclasses.replace(config, disable=list(OPERATIONS))) and "<answer>" in instruction(config)
 
 
-def test_long_work_is_announced(monkeypatch, capsys, config, embed):
-    """Bug: a table of hours starts without a word, or every table of seconds with an estimate."""
-    for seconds, told in ((0.5, False), (20, True)):
-        clock = iter(range(10_000))
-        monkeypatch.setattr(evaluate.time, "perf_counter", lambda: next(clock) * seconds)
-        evaluate.play("x", lambda tasks, now: Scripted({task.questions[0].text: [] for task in tasks}), evaluate.Variant(), config,
-                      held_out_tasks(config, "test", 3, None), embed)
-        out = capsys.readouterr().out
-        assert ("turns or more, by the first 3 of them about 3 minutes" in out) == told
-    evaluate.announce([config, dataclasses.replace(config, length=4)], 2, {"": evaluate.Variant()}, 100, None)
-    tasks = [town_task(n, "test", dataclasses.replace(config, length=length)) for length in (1, 4) for n in range(5)]
-    turns = sum(len(task.chunks) + 2 for task in tasks) * 2 * 20
-    assert f"4 rows of 100 tasks: about {turns} turns or more, and up to {turns * 276 / 1e6:.3g} million tokens" in capsys.readouterr().out
+@pytest.mark.parametrize("seconds, told", [(0.5, False), (20, True)])
+def test_long_work_is_announced(monkeypatch, capsys, config, embed, seconds, told):
+    """Bug: a table of hours starts without a word, or a table of seconds with an estimate."""
+    clock = iter(range(10_000))
+    monkeypatch.setattr(evaluate.time, "perf_counter", lambda: next(clock) * seconds)
+    tasks = held_out_tasks(config, "test", 3, None)
+    model = Model({task.questions[0].text: [] for task in tasks})
+    evaluate.play("x", Contestant("x", model), evaluate.Variant(), config, tasks, embed)
+    turns = sum(len(task.chunks) + 2 for task in tasks)
+    message = f"x: {turns} turns or more, about {20 * turns / 3 / 60:.0f} minutes"
+    assert capsys.readouterr().out.count(message) == told
 
 
 def test_sweeps(config):
-    """Bug: a combination is left out, a value keeps the type of the command line, or a setting is swept that changes nothing."""
+    """Bug: a combination is left out, a value stays a string, or a training setting is swept."""
     assert evaluate.parse_sweep(["top_k=3,6", "eval_temperature=0.5"], config) == [
-        {"top_k": 3, "eval_temperature": 0.5}, {"top_k": 6, "eval_temperature": 0.5}]
+        {"top_k": 3, "eval_temperature": 0.5},
+        {"top_k": 6, "eval_temperature": 0.5},
+    ]
     assert evaluate.parse_sweep([], config) == [{}]
-    for text in ("top_k", "top_k=", "topk=3", "top_k=three", "model=a,b", "disable=read", "sft_lr=1"):
+    for text in (
+        "top_k",
+        "top_k=",
+        "topk=3",
+        "top_k=three",
+        "model=a,b",
+        "disable=read",
+        "sft_lr=1",
+    ):
         with pytest.raises(BadInput, match="--sweep " + text):
             evaluate.parse_sweep([text], config)
 
@@ -124,19 +210,21 @@ def test_no_evaluation_is_overwritten(tmp_path, monkeypatch, config):
     """Bug: a look with three tasks replaces the table of five hundred."""
     monkeypatch.chdir(tmp_path)
     for number in range(3):
-        out = evaluate.new_file(config, ["ablate"])
-        out.write_text(json.dumps([{"number": number}]))
-    files = ["evaluation-ablate.json", "evaluation-ablate-2.json", "evaluation-ablate-3.json"]
-    assert [json.loads((tmp_path / "runs/town" / file).read_text())[0]["number"] for file in files] == [0, 1, 2]
+        out = evaluate.new_file(replace(config, overwrite=True), ["ablate"])
+        out.write_text(json.dumps(number))
+    names = ["evaluation-ablate.json", "evaluation-ablate-2.json", "evaluation-ablate-3.json"]
+    assert [json.loads((tmp_path / "runs/town" / name).read_text()) for name in names] == [0, 1, 2]
 
 
 def test_a_loss_is_compared_task_by_task(config, embed):
-    """Bug: two ablations are compared as if they had played different tasks, so that a sure loss looks like chance."""
+    """Bug: an ablation is compared as if it had played other tasks, so a sure loss looks random."""
     tasks = [make_task(["a"], (f"Q{n}a?", f"Q{n}b?"), ("Ben", "Ben")) for n in range(40)]
     right, wrong = "<answer>Ben</answer>", "<answer>Eva</answer>"
     half = {f"Q{n}a?": ["", *[right if n < 20 else wrong] * 2] for n in range(40)}
-    less = {f"Q{n}a?": ["", right if n < 20 else wrong, wrong] for n in range(40)}  # one answer less where there was any
-    before, after = (run_episodes(tasks, Scripted(script), config, embed, exact_match) for script in (half, less))
+    less = {f"Q{n}a?": ["", right if n < 20 else wrong, wrong] for n in range(40)}
+    before, after = (
+        run_episodes(tasks, Scripted(script), config, embed, exact_match) for script in (half, less)
+    )
     lost = evaluate.compare(before, after)
     assert lost["lost"] == 25 and 15 < lost["lost_low"] < 25 < lost["lost_high"] < 35
     apart = evaluate.bootstrap([sum(e.scores) for e in before], [2] * 40)
@@ -144,20 +232,91 @@ def test_a_loss_is_compared_task_by_task(config, embed):
     assert evaluate.compare(before, before) == {"lost": 0, "lost_low": 0, "lost_high": 0}
 
 
-@pytest.mark.parametrize("text", [None, "not json\n", '{"step": 1, "loss": 2.0}\n'])
-def test_curves_of_something_else(tmp_path, monkeypatch, text):
-    """Bug: a file that is missing, or no GRPO run's, ends in a traceback or in empty axes."""
-    if text:
-        (tmp_path / "metrics.jsonl").write_text(text)
-    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", Mock())  # optional, and not needed for this
-    monkeypatch.setitem(sys.modules, "matplotlib", Mock())
-    with pytest.raises(BadInput, match="metrics.jsonl of GRPO runs"):
-        show.draw_curves([tmp_path / "metrics.jsonl"], tmp_path / "curves.png")
-
-
 def test_one_process_evaluates(monkeypatch):
-    """Bug: under a launcher every process plays all the tasks, and writes the same file."""
+    """Bug: under a launcher every process plays all tasks and writes the same file."""
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr("sys.argv", ["evaluate.py"])
     with pytest.raises(BadInput, match="one process"):
         evaluate.main()
+
+
+def make_run(folder, stage, policy, **settings):
+    """A finished run folder with one checkpoint."""
+    checkpoint = folder / "step-000007"
+    policy.save(checkpoint)
+    quick = dict(sft_steps=7, grpo_steps=7, eval_tasks=2, max_response_tokens=3)
+    config = Config(**quick | settings)
+    (folder / "config.json").write_text(json.dumps({"stage": stage, **config.saved()}))
+    (folder / "latest").write_text(checkpoint.name + "\n")
+    (checkpoint / "progress.json").write_text(json.dumps({"step": 7}))
+
+
+@pytest.fixture
+def call(monkeypatch, tmp_path, capsys):
+    """Function that runs evaluate.py in tmp_path. Returns the rows that it saved."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        monkeypatch.setattr("sys.argv", ["evaluate.py", "--cpu", *map(str, arguments)])
+        evaluate.main()
+        saved = capsys.readouterr().out.split("saved as ")[1].strip()
+        return json.loads((tmp_path / saved).read_text())
+
+    return run
+
+
+def test_which_runs_are_compared(call, tmp_path, tiny):
+    """Bug: evaluate.py depends on a run folder's name or place, or mixes up equal labels."""
+    make_run(tmp_path / "runs/town/sft", "sft", tiny)
+    make_run(tmp_path / "runs/town/grpo", "grpo", tiny)
+    shutil.copytree(tmp_path / "runs/town/grpo", tmp_path / "my copy")
+    one = ["--sweep", "length=1"]
+    assert [row["label"] for row in call(*one)] == ["sft 1x", "grpo 1x"]
+    assert [row["label"] for row in call(*one, "--from", "runs/town/sft")] == ["sft 1x"]
+    assert [row["label"] for row in call(*one, "--from", "my copy")] == ["grpo 1x"]
+    rows = call(*one, "--runs", "my copy", "my copy", "runs/town/grpo")
+    assert [row["label"] for row in rows] == ["my copy 1x", "my copy 1x", "runs/town/grpo 1x"]
+    assert rows[0]["em"] == rows[1]["em"] == rows[2]["em"]
+    shutil.rmtree(tmp_path / "runs/town/sft")
+    rows = call("--ablate")
+    assert [row["label"] for row in rows] == [f"grpo 1x {name}" for name in evaluate.ABLATIONS]
+    assert rows[0]["lost"] == 0
+
+
+def test_a_table_says_which_checkpoints_it_shows(tmp_path, tiny, capsys):
+    """Bug: the row of a run that was stopped early cannot be told from that of a finished one."""
+    make_run(tmp_path / "a", "sft", tiny)
+    runs = evaluate.chosen_runs(tiny.config, None, [str(tmp_path / "a")])
+    evaluate.open_contestants(tiny.config, runs, torch.device("cpu"))
+    assert f"{tmp_path / 'a'}: {tmp_path / 'a' / 'step-000007'}" in capsys.readouterr().out
+
+
+def test_the_training_file_is_refused(call, tmp_path, tiny, monkeypatch):
+    """Bug: a run is evaluated on its own training file, whose path is spelled in another way."""
+    (tmp_path / "train.json").write_text((DATA / "hotpotqa.json").read_text())
+    settings = dict(task="hotpotqa", data="train.json", max_prompt_tokens=2000)
+    make_run(tmp_path / "moved", "sft", tiny, **settings)
+    for data in ([], ["--data", tmp_path / "train.json"]):
+        with pytest.raises(BadInput, match="is the file that moved was trained on"):
+            call("--from", "moved", *data)
+
+
+def test_nothing_to_evaluate(call, tmp_path):
+    """Bug: without any run the script ends in a traceback, or leaves a folder behind."""
+    with pytest.raises(BadInput, match="run sft.py first"):
+        call()
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    "flags, sentence",
+    [
+        (["--ablate", "--baselines"], "--ablate or --baselines"),
+        (["--gold", "--baselines"], "cannot play the baselines"),
+        (["--runs", "x", "--endpoint", "http://localhost:1"], "--runs or --endpoint"),
+    ],
+)
+def test_flags_that_contradict_each_other(call, flags, sentence):
+    """Bug: one of two flags is silently ignored."""
+    with pytest.raises(BadInput, match=sentence):
+        call(*flags)

@@ -1,7 +1,11 @@
-"""The three scripts as a user runs them, with tiny settings, and what they say to bad input."""
+"""The scripts from the command line, with tiny settings, and what they say to bad input.
+
+Most tests call main functions in this process: starting another one takes seconds.
+"""
 
 import importlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -9,128 +13,144 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import DATA, TINY
+from conftest import DATA, ROOT, TINY
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import town
-from config import Config, parse_args
+from agent import KINDS
+from config import Config
+from policy import LanguageModel
+from tasks import corpus
+from training import tiny
 
-ROOT = Path(__file__).parent.parent
-QA = ["--task", "hotpotqa", "--data", str(DATA / "hotpotqa.json"), "--documents", "20", "--questions", "1", "--chunk_tokens", "300"]
-
-
-def script(name, *arguments, folder, status=0):
-    done = subprocess.run([sys.executable, str(ROOT / name), *map(str, arguments)], cwd=folder, capture_output=True, text=True)
-    assert done.returncode == status, done.stderr[-3000:] + done.stdout[-1000:]
-    return done.stdout + done.stderr
+HOTPOT = str(DATA / "hotpotqa.json")
+QA = ["--preset", "qa", "--task", "hotpotqa", "--data", HOTPOT, "--documents", 12]
+QA += ["--questions", 1, "--chunk_tokens", 300]
 
 
 @pytest.fixture
 def call(tmp_path, monkeypatch, capsys):
-    """Runs a script in this process, in a folder of its own, and returns what it prints."""
+    """call(module, *arguments): run its main function in a new folder. Returns what it prints."""
     monkeypatch.chdir(tmp_path)
 
     def run(name, *arguments):
         monkeypatch.setattr("sys.argv", [name, *map(str, arguments)])
-        importlib.import_module(name.removesuffix(".py")).main()
+        capsys.readouterr()
+        importlib.import_module(name).main()
         return capsys.readouterr().out
 
     return run
 
 
-def check_runs(folder, name):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def start(script, *arguments, folder):
+    """The script in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / script), *map(str, arguments)],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
 
+
+def settings(run):
+    return json.loads((Path(run) / "config.json").read_text())
+
+
+def check_runs(name):
+    """runs/NAME holds the runs of both stages, with all their metrics."""
     for stage, steps in (("sft", 4), ("grpo", 2)):
-        run = folder / "runs" / name / stage
+        run = Path("runs") / name / stage
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        assert len(lines) == steps and json.loads((run / "config.json").read_text())["name"] == name
-        AutoModelForCausalLM.from_pretrained(run / "model"), AutoTokenizer.from_pretrained(run / "model")
-    metrics = "reward em create read update delete scratchpad turns tokens dead_groups truncated invalid tokens_per_second held_out_em"
-    assert set(metrics.split()) <= set(lines[-1])
-    of_updates = set("loss grad_norm entropy ratio gap clipped kl".split())
-    for line in lines:  # so bad a policy may win nothing at all, and then there is no update
+        assert len(lines) == steps and settings(run)["stage"] == stage
+        checkpoint = run / (run / "latest").read_text().strip()
+        AutoModelForCausalLM.from_pretrained(checkpoint)
+        AutoTokenizer.from_pretrained(checkpoint)
+    names = "reward em turns tokens dead_groups truncated invalid entries tokens_per_second lr"
+    assert {*names.split(), *KINDS, "held_out_em", "bad_steps"} <= set(lines[-1])
+    of_updates = set("loss grad_norm entropy ratio logprob_diff clipped kl".split())
+    for line in lines:  # such a bad policy may win nothing at all, and then there is no update
         assert of_updates & set(line) == (set() if line["dead_groups"] == 1 else of_updates)
 
 
-def test_the_town_end_to_end(call, tmp_path):
-    """Bug: a script does not find what the one before it has left, or forgets the settings it was made with."""
-    script("sft.py", *TINY, "--top_k", 3, folder=tmp_path)
-    assert json.loads((tmp_path / "runs/town/sft/config.json").read_text())["top_k"] == 3
-    script("grpo.py", *TINY, folder=tmp_path)
-    assert json.loads((tmp_path / "runs/town/grpo/config.json").read_text())["top_k"] == 3
-    check_runs(tmp_path, "town")
-    out = script("evaluate.py", "--eval_tasks", 3, "--cpu", folder=tmp_path)
-    assert all(f"{stage} {length}x" in out for stage in ("sft", "grpo") for length in (1, 2, 4))
-    rows = json.loads((tmp_path / "runs/town/evaluation.json").read_text())
+# --- from end to end ------------------------------------------------------------------------------
+def test_the_town_from_end_to_end(call):
+    """Bug: a script does not find what the one before it has left, or forgets its settings."""
+    assert "next: python grpo.py --name town" in call("sft", *TINY, "--top_k", 3)
+    assert "next: python evaluate.py --name town" in call("grpo", *TINY)
+    assert settings("runs/town/sft")["top_k"] == settings("runs/town/grpo")["top_k"] == 3
+    check_runs("town")
+    out = call("evaluate", "--eval_tasks", 2, "--cpu")
+    assert all(f"{stage} {size}x" in out for stage in ("sft", "grpo") for size in (1, 2, 4))
+    rows = json.loads(Path("runs/town/evaluation.json").read_text())
     assert len(rows) == 6 and all(row["low"] <= row["em"] <= row["high"] for row in rows)
-    out = call("evaluate.py", "--eval_tasks", 3, "--ablate", "--cpu")
-    assert all(row in out for row in ("all on", "- Update", "- Delete", "- Read", "- scratchpad", "- storage", "- both"))
-    out = call("evaluate.py", "--trace", 1, "--cpu")
+    out = call("evaluate", "--eval_tasks", 1, "--ablate", "--cpu")
+    rows = ("all on", "- Update", "- Delete", "- Read", "- scratchpad", "- storage", "- both")
+    assert all(f"grpo 1x {row}" in out for row in rows)
+    out = call("tools.view", "--trace", 1, "--cpu")
     assert "Text: " in out and "memory: " in out and "gold: " in out
-    out = call("evaluate.py", "--runs", "runs/town/sft", "--sweep", "length=1", "--eval_tasks", 3, "--cpu")
-    assert "runs/town/sft 1x" in out and "grpo" not in out
-    call("grpo.py", "--from", "runs/town/sft", "--name", "b", *TINY)
-    with pytest.raises(SystemExit, match="--overwrite"):
-        call("sft.py", *TINY)
-    call("sft.py", *TINY, "--overwrite")
+    out = call("evaluate", "--from", "runs/town/sft", "--sweep", "length=1", "--eval_tasks", 1)
+    assert "sft 1x" in out and "grpo" not in out
+    call("grpo", "--from", "runs/town/sft", "--name", "b", *TINY)
+    assert Path("runs/b/grpo/latest").exists()
 
 
-def test_a_qa_file_end_to_end(call, tmp_path):
+def test_a_qa_file_from_end_to_end(call):
     """Bug: the QA path works in parts, but not from the command line."""
-    call("sft.py", *QA, *TINY, "--max_response_tokens", 100)
-    call("grpo.py", *QA, *TINY)
-    check_runs(tmp_path, "hotpotqa")
+    short = [*TINY, "--max_response_tokens", 60, "--eval_tasks", 2, "--save_every", 2]
+    call("sft", *QA, *short)
+    out = call("grpo", "--name", "hotpotqa", *short)
+    assert "next: python evaluate.py --name hotpotqa --data DEV_FILE" in out
+    check_runs("hotpotqa")
     with pytest.raises(SystemExit, match="was trained on"):
-        call("evaluate.py", "--name", "hotpotqa")
-    (tmp_path / "dev.json").write_text((DATA / "hotpotqa.json").read_text())
-    out = call("evaluate.py", *QA, "--data", "dev.json", "--eval_tasks", 2, "--cpu")
-    assert "grpo 20 documents" in out
-    out = call("evaluate.py", *QA, "--eval_tasks", 10, "--gold", "--cpu")
-    assert "gold-facts demonstrator" in out
+        call("evaluate", "--name", "hotpotqa")
+    Path("dev.json").write_text(Path(HOTPOT).read_text())
+    out = call("evaluate", "--name", "hotpotqa", "--data", "dev.json", "--eval_tasks", 1, "--cpu")
+    assert "grpo 12 documents" in out
+    out = call("evaluate", *QA, "--name", "x", "--eval_tasks", 10, "--gold", "--cpu")
+    assert "demonstrator 12 documents" in out
 
 
-def test_from_a_saved_set_and_a_teacher_to_an_answer(call, tmp_path):
-    """Bug: the ways beside the main one work in parts, but not from the command line."""
-    out = call("tasks.py", *QA, "--eval_tasks", 3, "--out", "set.jsonl")
-    assert "--task saved --data set.jsonl" in out and len((tmp_path / "set.jsonl").read_text().splitlines()) == 3
+def test_a_saved_set(call):
+    """Bug: a set that was saved is not the one that is evaluated, or replaces another file."""
+    out = call("tasks.__main__", *QA, "--eval_tasks", 3, "--out", "set.jsonl")
+    assert "--task saved --data set.jsonl" in out
+    assert len(Path("set.jsonl").read_text().splitlines()) == 3
     with pytest.raises(SystemExit, match="set.jsonl exists"):
-        call("tasks.py", *QA, "--eval_tasks", 3, "--out", "set.jsonl")
-    saved = ["--task", "saved", "--data", "set.jsonl", "--chunk_tokens", 300]
-    out = call("evaluate.py", *saved, "--eval_tasks", 3, "--gold", "--baselines", "--cpu")
-    assert all(f"set.jsonl {row}" in out for row in ("AtomMem", "full context", "RAG", "scratchpad", "no memory"))
-    call("sft.py", *TINY)
-    out = call("sft.py", "--teacher", "runs/town/sft", "--demonstrations", "taught.jsonl", "--sft_tasks", 3, "--keep_score", 0, "--cpu")
-    assert "3 episodes, 3 of them kept" in out
-    assert "taught.jsonl" in call("sft.py", *TINY, "--demonstrations", "taught.jsonl", "--keep_score", 0, "--name", "pupil")
-    assert (tmp_path / "runs/pupil/sft/model").is_dir()
-    out = call("evaluate.py", "--sweep", "top_k=1,2", "retrieval=similarity,random", "--eval_tasks", 2, "--cpu")
+        call("tasks.__main__", *QA, "--eval_tasks", 3, "--out", "set.jsonl")
+    saved = ["--preset", "qa", "--task", "saved", "--data", "set.jsonl", "--chunk_tokens", 300]
+    out = call("evaluate", *saved, "--eval_tasks", 3, "--gold", "--baselines", "--cpu")
+    rows = ("AtomMem", "full context", "RAG", "scratchpad", "no memory")
+    assert all(f"set.jsonl {row}" in out for row in rows)
+
+
+def test_from_a_teacher_to_an_answer(call):
+    """Bug: the tools beside the main path work in parts, but not from the command line."""
+    call("sft", *TINY)
+    [*_, teacher] = sorted(Path("runs/town/sft").glob("step-*"))
+    recorded = ["--demonstrations", "taught.jsonl", "--keep_score", 0]
+    short = ["--sft_tasks", 3, "--max_response_tokens", 20, "--max_prompt_tokens", 256]
+    out = call("tools.teach", "--model", teacher, *recorded, *short, "--cpu")
+    assert "taught.jsonl: 3 of 3 episodes are good enough" in out
+    lines = Path("taught.jsonl").read_text().splitlines()
+    lines.append(
+        '{"task": "one", "score": 1, "turns": [{"prompt": "a", "response": "<answer>"}]}'
+    )  # an untrained teacher may only write turns that were cut
+    Path("taught.jsonl").write_text("\n".join(lines) + "\n")
+    call("sft", *TINY, *recorded, "--name", "pupil")
+    assert settings("runs/pupil/sft")["demonstrations"] == "taught.jsonl"
+    sweep = ["--sweep", "top_k=1,2", "retrieval=similarity,random"]
+    out = call("evaluate", *sweep, "--eval_tasks", 2, "--cpu")
     assert out.count("sft 1x top_k") == 4 and "sft 1x top_k 2 retrieval random" in out
-    (tmp_path / "notes.txt").write_text("Anna lives in Rome.\nAnna is a baker.\n" * 5)
-    ask = ["evaluate.py", "--ask", "Where does Anna live?", "--ask", "What is the job of Anna?", "--model", "runs/town/sft", "--memory", "m"]
-    out = call(*ask, "--file", "notes.txt", "--cpu")
+    Path("notes.txt").write_text("Anna lives in Rome.\nAnna is a baker.\n" * 5)
+    questions = ["Where does Anna live?", "What is the job of Anna?"]
+    ask = ["tools.ask", *questions, "--from", "runs/town/sft", "--memory", "m", "--cpu"]
+    out = call(*ask, "--file", "notes.txt")
     assert "What is the job of Anna?\n  " in out and "entries saved as m" in out
-    assert "What is the job of Anna?\n  " in call(*ask, "--cpu")
+    assert "What is the job of Anna?\n  " in call(*ask)
 
 
-def test_a_run_as_the_model(call, tmp_path):
-    """Bug: a run given by --model is evaluated on the file that it was trained on, or replaced by the run that starts from it."""
-    (tmp_path / "runs/mine/sft/model").mkdir(parents=True)
-    config = Config(task="hotpotqa", data=QA[3], name="mine", max_prompt_tokens=2000)
-    (tmp_path / "runs/mine/sft/config.json").write_text(config.json())
-    with pytest.raises(SystemExit, match="is the file that runs/mine/sft was trained on"):
-        call("evaluate.py", "--model", "runs/mine/sft", "--cpu")
-    with pytest.raises(SystemExit, match="--overwrite would delete runs/mine/sft"):
-        call("sft.py", "--model", "runs/mine/sft", "--name", "mine", "--overwrite", "--cpu")
-    assert parse_args_of("sft.py", "--model", "runs/mine/sft").name == "hotpotqa"  # not the run's own
-
-
-def parse_args_of(*argv):
-    from unittest.mock import patch
-
-    with patch("sys.argv", list(map(str, argv))):
-        return parse_args("")[0]
-
-
+# --- models ---------------------------------------------------------------------------------------
 QWEN3_TEMPLATE = """{% for m in messages %}<|im_start|>{{ m.role }}
 {{ m.content }}<|im_end|>
 {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
@@ -141,86 +161,127 @@ QWEN3_TEMPLATE = """{% for m in messages %}<|im_start|>{{ m.role }}
 {% endif %}{% endif %}"""
 
 
-def test_the_released_checkpoint(call, tmp_path, monkeypatch):
-    """Bug: a pretrained Qwen3 is prompted with thinking on, without its chat template, or with the tags of the paper."""
-    from policy import LanguageModel, create_tiny, train_tokenizer
+def save_qwen3(folder):
+    """A small model of Qwen3's kind: chat template, thinking, and <|im_end|> as the end token."""
+    config = Config(
+        task="hotpotqa",
+        data=HOTPOT,
+        hidden_size=32,
+        layers=1,
+        heads=1,
+        max_prompt_tokens=4000,
+        max_response_tokens=100,
+    )
+    policy = tiny.create_policy(config, [QWEN3_TEMPLATE, *list(corpus(config))[:200]])
+    special = {"additional_special_tokens": ["<|im_start|>"], "eos_token": "<|im_end|>"}
+    policy.tokenizer.add_special_tokens(special)
+    policy.model.resize_token_embeddings(len(policy.tokenizer))
+    policy.tokenizer.chat_template = QWEN3_TEMPLATE
+    policy.save(folder)
 
-    config = Config(max_prompt_tokens=4000, max_response_tokens=100)
-    tokenizer = train_tokenizer([QWEN3_TEMPLATE, *town.texts()], config, word_level=False)
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"], "eos_token": "<|im_end|>"})
-    policy = create_tiny(tokenizer, Config(max_prompt_tokens=4000, max_response_tokens=100, hidden_size=32, layers=1, heads=1))
-    tokenizer.chat_template = QWEN3_TEMPLATE
-    policy.save("AtomMem")
-    prompts, frame = [], LanguageModel.frame
 
-    def framed(self, texts):
-        rows = frame(self, texts)
+def test_the_released_checkpoint(call, monkeypatch):
+    """Bug: a pretrained Qwen3 is prompted with thinking on, without its chat template, or with the
+    paper's tags."""
+    save_qwen3("AtomMem")
+    prompts, encode = [], LanguageModel.encode_prompts
+
+    def encode_and_keep(self, texts):
+        rows = encode(self, texts)
         prompts.extend(map(self.tokenizer.decode, rows))
         return rows
 
-    monkeypatch.setattr(LanguageModel, "frame", framed)
-    settings = ["--documents", 12, "--max_prompt_tokens", 4000, "--max_response_tokens", 20, "--eval_tasks", 1, "--cpu"]
-    out = call("evaluate.py", "--model", "AtomMem", "--dialect", "released", *QA, *settings)
-    assert "AtomMem 12 documents" in out
+    monkeypatch.setattr(LanguageModel, "encode_prompts", encode_and_keep)
+    sizes = ["--documents", 12, "--max_prompt_tokens", 4000, "--max_response_tokens", 20]
+    model = ["--model", "AtomMem", "--dialect", "released", "--eval_tasks", 1, "--cpu"]
+    assert "AtomMem 12 documents" in call("evaluate", *QA, *model, *sizes)
+    assert prompts
     for prompt in prompts:
-        assert prompt.startswith("<|im_start|>system\nYou read") and prompt.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
-        assert "<modify_memory>Memory 2: new text</modify_memory>" in prompt and "create_memory" not in prompt and "<scratchpad>" not in prompt
+        assert prompt.startswith("<|im_start|>system\nYou read")
+        assert prompt.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
+        assert "<modify_memory>Memory 2: new text</modify_memory>" in prompt
+        assert "create_memory" not in prompt and "<scratchpad>" not in prompt
 
 
-@pytest.mark.parametrize("dialect", ["paper", "released"])
+ANSWERS = {
+    "paper": "<answer>yes</answer>",
+    "released": r"<final_answer>\boxed{yes}</final_answer>",
+}
+
+
+@pytest.mark.parametrize("dialect", ANSWERS)
 def test_a_server_in_the_models_place(call, serve, dialect):
-    """Bug: --endpoint is heeded in parts: the model is loaded here too, or an old run is evaluated in its stead."""
-    answer = {"paper": "<answer>yes</answer>", "released": r"<final_answer>\boxed{yes}</final_answer>"}[dialect]
-    server = serve(lambda messages: "yes" if "judged" in messages[0]["content"] else answer)
-    out = call("evaluate.py", "--endpoint", server.url, "--model", "big", *QA, "--documents", 12, "--eval_tasks", 3, "--dialect", dialect,
-               "--judge", "wise", "--max_prompt_tokens", 4000, "--cpu")
-    assert "big 12 documents" in out and "100.0" in out and {one["model"] for one in server.seen} == {"big", "wise"}
-    with pytest.raises(SystemExit, match="not trained"):
-        call("sft.py", "--endpoint", server.url, "--model", "big", "--cpu")
+    """Bug: with --endpoint the model is loaded here, too, or an old run is evaluated instead."""
+    judging = "judged"
+    server = serve(lambda chat: "yes" if judging in chat[0]["content"] else ANSWERS[dialect])
+    model = ["--endpoint", server.url, "--model", "big", "--dialect", dialect, "--judge", "wise"]
+    sizes = ["--documents", 12, "--eval_tasks", 3, "--max_prompt_tokens", 4000, "--cpu"]
+    out = call("evaluate", *QA, *model, *sizes)
+    assert "big 12 documents" in out and "100.0" in out
+    assert {one["model"] for one in server.seen} == {"big", "wise"}
+    with pytest.raises(SystemExit, match="cannot be trained"):
+        call("sft", "--endpoint", server.url, "--model", "big", "--cpu")
 
 
-def test_ctrl_c_leaves_a_usable_checkpoint(tmp_path):
+def test_a_checkpoint_as_the_model(call):
+    """Bug: --model cannot name a checkpoint, or takes its run for the one to continue."""
+    call("sft", *TINY)
+    model = ["--model", "runs/town/sft/step-000004", "--name", "b"]
+    call("sft", *TINY, *model, "--sft_steps", 1)
+    assert settings("runs/b/sft")["model"] == model[1] and settings("runs/town/sft")["model"] == ""
+    assert "step-000004 1x" in call("evaluate", *model, "--eval_tasks", 1, "--sweep", "length=1")
+
+
+# --- stopping, and bad input ----------------------------------------------------------------------
+def test_ctrl_c_leaves_a_usable_checkpoint(call, tmp_path):
     """Bug: stopping a long run by hand loses it, or leaves a model folder that does not open."""
-    from transformers import AutoModelForCausalLM
-
-    script("sft.py", *TINY, folder=tmp_path)
-    running = subprocess.Popen([sys.executable, str(ROOT / "grpo.py"), *TINY, "--grpo_steps", "5000", "--save_every", "5000"], cwd=tmp_path,
-                               stdout=subprocess.PIPE, text=True)
+    call("sft", *TINY)
+    flags = ["--grpo_steps", 5000, "--save_every", 5000]
+    running = start("grpo.py", *TINY, *flags, folder=tmp_path)
     metrics = tmp_path / "runs/town/grpo/metrics.jsonl"
     while not (metrics.exists() and metrics.read_text().count("\n") >= 2):
-        assert running.poll() is None
-        time.sleep(0.2)
+        assert running.poll() is None, running.stderr.read()
+        time.sleep(0.1)
     running.send_signal(signal.SIGINT)
-    out, _ = running.communicate(timeout=60)
-    assert running.returncode == 0 and "python grpo.py --resume runs/town/grpo" in out
-    AutoModelForCausalLM.from_pretrained(tmp_path / "runs/town/grpo/model")
+    out, errors = running.communicate(timeout=60)
+    assert running.returncode == 0, errors
+    assert "to continue: python grpo.py --resume runs/town/grpo" in out
+    latest = Path("runs/town/grpo/latest").read_text().strip()
+    AutoModelForCausalLM.from_pretrained(Path("runs/town/grpo") / latest)
 
 
-@pytest.mark.parametrize("name, arguments, status, sentence", [
-    ("sft.py", ["--stpes", "3"], 2, "unrecognized arguments: --stpes"),
-    ("sft.py", ["--task", "village"], 2, "--task 'village' is not one of"),
-    ("sft.py", ["--task", "hotpotqa"], 2, "needs --data"),
-    ("sft.py", ["--disable", "forget"], 2, "--disable 'forget' is not one of"),
-    ("sft.py", ["--from", "runs/none"], 2, "runs/none is no run folder"),
-    ("sft.py", ["--max_prompt_tokens", "20"], 1, "--max_prompt_tokens 20"),
-    ("sft.py", ["--model", "./no-such-model"], 1, "cannot load this model"),
-    ("sft.py", ["--task", "hotpotqa", "--data", "none.json"], 1, "none.json: no such file"),
-    ("grpo.py", [], 1, "run sft.py"),
-    ("evaluate.py", [], 1, "run sft.py"),
-])
-def test_bad_input_is_one_sentence_and_no_folder(tmp_path, monkeypatch, capsys, name, arguments, status, sentence):
-    """Bug: a mistake on the command line ends in a traceback, or leaves a half-written run."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", [name, *arguments])
+@pytest.mark.parametrize(
+    "name, arguments, status, sentence",
+    [
+        ("sft", "--stpes 3", 2, "unrecognized arguments: --stpes"),
+        ("sft", "--task village", 2, "--task 'village' is not one of"),
+        ("sft", "--task hotpotqa", 2, "needs --data"),
+        ("sft", "--disable forget", 2, "--disable 'forget' is not one of"),
+        ("sft", "--from runs/none", 2, "runs/none is not a run folder"),
+        ("sft", "--max_prompt_tokens 20", 1, "--max_prompt_tokens 20"),
+        ("sft", "--model ./no-such-model", 1, "./no-such-model: there is no such folder"),
+        ("sft", "--preset qa --task hotpotqa --data none.json", 1, "none.json: no such file"),
+        ("sft", "--log_with abacus", 2, "--log_with 'abacus' is not one of"),
+        ("sft", "--demonstrations none.jsonl", 1, "none.jsonl: no such file"),
+        ("sft", "--keep_score 1 --sft_tasks 1 --disable read", 1, "--keep_score 1.0"),
+        ("grpo", "", 1, "run sft.py"),
+        ("evaluate", "", 1, "run sft.py"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_no_folder(call, capsys, name, arguments, status, sentence):
+    """Bug: a mistake on the command line ends in a traceback, or leaves half a run."""
     with pytest.raises(SystemExit) as raised:
-        importlib.import_module(name.removesuffix(".py")).main()
-    code = raised.value.code  # a sentence, which the interpreter prints, with status 1; or a status, after argparse has printed
-    assert sentence in (code if status == 1 else capsys.readouterr().err) and (status == 1 or code == status)
-    assert not (tmp_path / "runs").exists()
+        call(name, *arguments.split(), "--cpu")
+    # Python prints a sentence and exits with 1. argparse prints it itself and gives the status.
+    code = raised.value.code
+    assert sentence in (code if status == 1 else capsys.readouterr().err)
+    assert status == 1 or code == status
+    assert not Path("runs").exists()
 
 
-@pytest.mark.parametrize("arguments, status", [([], 1), (["--stpes", "3"], 2)])
-def test_bad_input_in_a_shell(tmp_path, arguments, status):
+def test_bad_input_in_a_shell(tmp_path):
     """Bug: the sentence comes with a traceback, or with exit status 0."""
-    out = script("grpo.py", *arguments, folder=tmp_path, status=status)
-    assert "Traceback" not in out and len(out.strip().splitlines()[-1]) > 30
+    process = start("grpo.py", folder=tmp_path)
+    out, errors = process.communicate()
+    assert process.returncode == 1 and not out and "Traceback" not in errors
+    assert errors.strip().splitlines()[-1].startswith("there is no runs/town/sft to start from")

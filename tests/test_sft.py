@@ -1,174 +1,233 @@
+import itertools
+import json
+import math
+import random
 from collections import Counter
-from pathlib import Path
 
 import pytest
+import torch
 from accelerate import Accelerator
-from conftest import DATA, make_task
+from conftest import Recorder, tiny_policy
 
-import demonstrations
 import sft
 from agent import render, run_episodes
 from config import BadInput, Config
-from scoring import exact_match
-from tasks import load_tasks, town_task
+from policy import Sample
+from tasks import demonstrators
+from tasks.demonstrators import RECORDED, TownDemonstrator, demonstrate
+from tasks.scoring import exact_match
+from tasks.town import town_task
 
 
-def play(config, demonstrator, embed, number=100, **settings):
-    tasks = [town_task(index, "train", config, **settings) for index in range(number)]
-    return run_episodes(tasks, demonstrator, config, embed, exact_match)
+def stories(config, number):
+    return [town_task(index, "train", config) for index in range(number)]
 
 
-def score(episodes):
-    return sum(episode.reward for episode in episodes) / len(episodes)
+def played(config, embed, number=20):
+    """Episodes of the demonstrator that plays the full workflow."""
+    demonstrator = TownDemonstrator("full", config)
+    return run_episodes(stories(config, number), demonstrator, config, embed, exact_match)
 
 
-def rows_of(episodes, policy):
-    turns = [(turn.observation, turn.response.text) for episode in episodes for turn in episode.turns]
-    return sft.rows_of(turns, policy.encode, policy)
+def demonstrated(config, policy, embed, number=20):
+    """The samples of one block of demonstrations."""
+    blocks = [stories(config, number)]
+    [samples] = sft.demonstrated_samples(blocks, config, policy, embed, main=False)
+    return samples
 
 
-def test_only_the_full_workflow_keeps_the_store_true(config, embed):
-    """Bug: a town in which it does not pay to Update, or a demonstrator that cannot play what it shall teach."""
-    scores = {name: score(play(config, demonstrations.TownDemonstrator(name, config, 0.0), embed)) for name in ("full", "append", "lazy")}
-    assert scores["full"] > 0.97 and scores["append"] < 0.75 and scores["lazy"] < 0.6
+def write_file(path, config, episodes):
+    """A teacher's file, with these episodes."""
+    lines = [{"settings": {name: getattr(config, name) for name in RECORDED}}]
+    for episode in episodes:
+        turns = [
+            {"prompt": render(turn.observation), "response": turn.response.text}
+            for turn in episode.turns
+        ]
+        lines.append({"task": episode.task.id, "score": episode.reward, "turns": turns})
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-@pytest.mark.parametrize("disable, floor, ceiling", [
-    (["create", "read", "update", "delete"], 0.5, 0.8),  # notes alone: two hops are lost where the boss is named late
-    (["update", "delete", "scratchpad"], 0.4, 0.75),
-    (["update"], 0.97, 1.0),  # Delete and Create in Update's place
-])
-def test_workflows_without_some_operations(disable, floor, ceiling, embed):
-    """Bug: the baselines are handicapped by a demonstrator that writes operations they do not have."""
-    config = Config(disable=disable)
-    shares = demonstrations.workflow_shares(config)
-    assert sum(shares.values()) == pytest.approx(1)
-    best = max((play(config, demonstrations.TownDemonstrator(name, config, 0.0), embed) for name in shares), key=score)
-    assert floor < score(best) <= ceiling
-    assert not any(o.error for e in best for t in e.turns for o in t.operations)
-
-
-def test_the_demonstrator_sees_only_the_observation(config, embed):
-    """Bug: a demonstrator that peeks ahead, or remembers what is not in the observation, teaches what no policy can know."""
-    for episode in play(config, demonstrations.TownDemonstrator("full", config, 0.0), embed, 20):
-        for turn in episode.turns:
-            if "<answer>" not in turn.response.text:  # which may be a guess between two
-                stranger = demonstrations.TownDemonstrator("full", config, 0.0)  # has seen no other turn, and no task
-                assert stranger.respond([turn.observation])[0].text == turn.response.text
-
-
-def test_demonstrations_fit_the_response_limit(tiny, config, embed):
-    """Bug: SFT teaches responses that sampling cuts off."""
-    for name in ("full", "append", "notes"):
-        rows = rows_of(play(config, demonstrations.TownDemonstrator(name, config), embed, 200), tiny)
-        assert max(len(response) for _, response in rows) <= config.max_response_tokens
-        assert all(response[-1] == tiny.tokenizer.eos_token_id for _, response in rows)
+# --- samples --------------------------------------------------------------------------------------
 
 
 def test_training_prompts_equal_evaluation_prompts(tiny, config, embed):
     """Bug: SFT renders an observation in another way than the sampler does."""
-    episodes = play(config, demonstrations.TownDemonstrator("full", config), embed, 5)
-    rows = rows_of(episodes, tiny)
-    shown = [turn.observation for episode in episodes for turn in episode.turns]
-    plain = [tiny.tokenizer(render(observation) + "<response>")["input_ids"] for observation in shown]
-    assert [prompt for prompt, _ in rows] == [response.prompt_ids for response in tiny.respond(shown)] == plain
+    episodes = demonstrate(stories(config, 5), config, embed, tiny)
+    shown = [turn.observation for one in episodes if one.reward >= 0.5 for turn in one.turns]
+    samples = demonstrated(config, tiny, embed, 5)
+    trained = [sample.prompt_ids for sample in samples]
+    plain = [tiny.tokenizer(render(one) + "<response>")["input_ids"] for one in shown]
+    assert trained == [response.prompt_ids for response in tiny.respond(shown)] == plain
+
+
+def test_prompts_that_are_too_long_are_shortened(embed):
+    """Bug: SFT trains on prompts that sampling never shows, with entries that do not fit."""
+    config = Config(max_prompt_tokens=40)
+    policy = tiny_policy(max_prompt_tokens=40)
+    samples, plain = (
+        demonstrated(config, policy, embed),
+        demonstrated(Config(), tiny_policy(), embed),
+    )
+    lengths = [len(sample.prompt_ids) for sample in plain]
+    assert max(lengths) > 40 >= max(len(sample.prompt_ids) for sample in samples)
+
+
+def test_responses_end_and_fit_the_limit(tiny, config, embed):
+    """Bug: the end token is not trained, or SFT teaches responses that sampling cuts off."""
+    samples = demonstrated(config, tiny, embed, 100)
+    end = tiny.tokenizer.eos_token_id
+    for sample in samples:
+        assert sample.response_ids.index(end) == len(sample.response_ids) - 1
+        assert len(sample.response_ids) <= config.max_response_tokens
+
+
+def test_poor_demonstrations_are_dropped(tiny, embed):
+    """Bug: demonstrations that score below --keep_score are learnt from, or those that reach it
+    are dropped."""
+    tasks, number = stories(Config(), 40), {}
+    for keep_score in (0.0, 0.5, 1.0):
+        config = Config(keep_score=keep_score)
+        episodes = demonstrate(tasks, config, embed, tiny)
+        turns = sum(len(one.turns) for one in episodes if one.reward >= keep_score)
+        number[keep_score] = len(demonstrated(config, tiny, embed, 40))
+        assert number[keep_score] == turns
+    assert number[0.0] > number[0.5] > number[1.0] > 0
+
+
+def test_a_block_without_a_good_demonstration_is_skipped(tiny, config, embed, monkeypatch):
+    """Bug: a block of poor demonstrations ends the lesson, or fails."""
+    monkeypatch.setattr(sft, "demonstrate", lambda tasks, *_, **__: tasks)
+    good = played(config, embed, 3)
+    poor = played(config, embed, 3)
+    for episode in poor:
+        episode.scores = [0.0] * len(episode.scores)
+    blocks = list(sft.demonstrated_samples([poor, good, poor], config, tiny, embed, main=True))
+    assert [len(block) for block in blocks] == [sum(len(one.turns) for one in good)]
+    nothing = sft.demonstrated_samples([poor], config, tiny, embed, main=True)
+    assert list(nothing) == []
+
+
+def test_a_teachers_file_gives_the_same_samples(tiny, embed, tmp_path):
+    """Bug: a recorded prompt is framed in another way than a played one, or poor episodes of the
+    file are learnt from."""
+    path = tmp_path / "t.jsonl"
+    config = Config(demonstrations=str(path))
+    episodes = played(config, embed)
+    for episode in episodes[::3]:
+        episode.scores = [0.0] * len(episode.scores)
+    write_file(path, config, episodes)
+    good = [turn for one in episodes if one.reward >= 0.5 for turn in one.turns]
+    expected = [ids for _, ids in tiny.encode([turn.observation for turn in good])]
+    samples = sft.recorded_samples(config, tiny)
+    assert [sample.prompt_ids for sample in samples] == expected
+    assert [tiny.tokenizer.decode(sample.response_ids[:-1]) for sample in samples] == [
+        tiny.tokenizer.decode(tiny.tokenizer(turn.response.text)["input_ids"]) for turn in good
+    ]
+    assert {sample.response_ids[-1] for sample in samples} == {tiny.tokenizer.eos_token_id}
+
+
+def test_a_teachers_file_with_nothing_to_learn(tiny, embed, tmp_path):
+    """Bug: prompts that are too long, or a file without good episodes, fail in the middle of the
+    training or give an endless loop."""
+    path = tmp_path / "t.jsonl"
+    config = Config(demonstrations=str(path))
+    write_file(path, config, played(config, embed, 2))
+    short = Config(demonstrations=str(path), max_prompt_tokens=20)
+    with pytest.raises(BadInput, match="raise --max_prompt_tokens"):
+        sft.recorded_samples(short, tiny)
+    write_file(path, config, [])
+    with pytest.raises(BadInput, match="no demonstration reached --keep_score"):
+        sft.make_lessons(config, tiny, None, embed, main=False)
+
+
+# --- lessons --------------------------------------------------------------------------------------
 
 
 def test_lessons_come_in_order_and_whole():
-    """Bug: a lesson is skipped, or rows are drawn with replacement so that some are never seen."""
+    """Bug: a lesson is skipped, or samples are drawn with replacement so that some are never
+    seen."""
     config = Config(sft_steps=10, sft_batch=4)
-    drawn = list(sft.batches([(0.3, [list("abcd"), list("ef")]), (0.7, [list(range(14))])], config))
+    lessons = [(0.3, iter([list("abcd"), list("ef")])), (0.7, iter([list(range(14))]))]
+    drawn = list(sft.batches(lessons, config))
     assert len(drawn) == 10 and all(len(batch) == 4 for batch in drawn)
-    assert set(Counter("".join(map(str, sum(drawn[:3], [])))).values()) == {2} and set(sum(drawn[3:], [])) == set(range(14))
-    assert set(Counter(sum(drawn[3:], [])).values()) == {2}
-    easy = [town_task(index, "train", Config(), hops=False) for index in range(50)]
-    assert not any("boss" in question.text for task in easy for question in task.questions)
+    first, second = sum(drawn[:3], []), sum(drawn[3:], [])
+    assert Counter(first) == dict.fromkeys("abcdef", 2)
+    assert Counter(second) == dict.fromkeys(range(14), 2)
 
 
-def test_demonstrations_are_played_when_they_are_needed(tiny, embed):
-    """Bug: the first step waits until all 10,000 tasks are demonstrated; or a block's rows are lost, or in the order of play."""
-    config, asked = Config(sft_tasks=1000, easy_share=0.5, sft_steps=60, sft_batch=64), []
+def test_a_pass_is_shuffled():
+    """Bug: blocks come in the order of play, or every pass in the same order."""
+    blocks = [list(range(20)), list(range(20, 40))]
+    samples = sft.passes(iter(blocks), random.Random(0))
+    first, second, third = (list(itertools.islice(samples, 40)) for _ in range(3))
+    assert sorted(first[:20]) == blocks[0] != first[:20]  # block by block
+    assert sorted(second) == sorted(third) == list(range(40))
+    assert max(second[:20]) >= 20 and second != third  # all together
 
-    def stream(index, **kind):
+
+def test_demonstrations_are_played_when_they_are_needed(tiny, embed, monkeypatch):
+    """Bug: the first step waits until all 10,000 tasks are demonstrated. Or the samples of a block
+    are lost, or come in the order of play."""
+    monkeypatch.setattr(demonstrators, "BLOCK", 40)
+    config, asked = Config(sft_tasks=200, easy_share=0.5, sft_steps=24, sft_batch=32), []
+
+    def stream(index):
         asked.append(index)
-        return town_task(index, "train", config, **kind)
-
-    taught = sft.lessons_to_learn(config, tiny, stream, embed, Accelerator(cpu=True))
-    assert asked == [*range(200), *range(500, 700)]
-    drawn = list(sft.batches(taught, config))
-    assert sorted(asked) == [*range(400), *range(500, 900)]  # 30 steps of 64 rows each, about 9 rows a task
-    (_, again), _ = sft.lessons_to_learn(config, tiny, stream, embed, Accelerator(cpu=True))
-    first = next(again)
-    assert sorted(sum(drawn, [])[: len(first)]) == sorted(first) != first
-
-
-def test_a_teacher_may_be_stopped(tmp_path, tiny, embed):
-    """Bug: what a teacher wrote before it was stopped is lost or played twice, or poor episodes are learnt from."""
-    config = Config(demonstrations=str(tmp_path / "t.jsonl"), sft_tasks=30, sample_rows=8)
-
-    def stream(index, last=30):
-        if index == last:
-            raise KeyboardInterrupt
         return town_task(index, "train", config)
 
-    teach = lambda stream: demonstrations.record(demonstrations.TownDemonstrator("append", config, 0.0), "append", stream, config, embed)
-    with pytest.raises(KeyboardInterrupt):
-        teach(lambda index: stream(index, last=20))
-    with open(config.demonstrations, "a") as file:
-        file.write('{"task": "town-tr')
-    before = Path(config.demonstrations).read_text().count("\n")
-    teach(stream)
-    _, lines = demonstrations.read_file(config.demonstrations)
-    assert before == 17 and [line["task"] for line in lines] == [f"town-train-{n}" for n in range(30)]
-    assert all(bool(line["turns"]) == (line["score"] >= 0.5) for line in lines) and len({line["score"] for line in lines}) > 1
-    turns = demonstrations.recorded(config)
-    assert len(turns) == sum(len(line["turns"]) for line in lines) and all("Query:" in prompt for prompt, _ in turns)
-    taught = {line["task"]: line["turns"] for line in lines if line["turns"]}
-    for episode in play(config, demonstrations.TownDemonstrator("append", config, 0.0), embed, 30):
-        if turns := taught.get(episode.task.id, [])[: len(episode.task.chunks)]:  # of reading; answers may be guesses
-            rows = sft.rows_of([(turn["prompt"], turn["response"]) for turn in turns], tiny.frame, tiny)
-            assert rows == rows_of([episode], tiny)[: len(rows)]
+    lessons = sft.make_lessons(config, tiny, stream, embed, main=False)
+    assert asked == [*range(100, 140)]  # the second lesson's; the first makes its own easy stories
+    drawn = list(sft.batches(lessons, config))
+    assert asked == [*range(100, 180)]  # 12 steps of 32 samples each, about 9 samples a task
+    (_, again), _ = sft.make_lessons(config, tiny, stream, embed, main=False)
+    first = [sample.key for sample in next(again)]
+    seen = [sample.key for batch in drawn for sample in batch][: len(first)]
+    assert sorted(seen) == sorted(first) and seen != first
 
 
-def test_a_question_without_support_is_not_demonstrated(config, embed):
-    """Bug: where nothing says what holds the answer, it is given out of nowhere, scores 1, and is learnt."""
-    demonstrator = demonstrations.GoldDemonstrator([make_task(["Ben bakes."])], config, lambda texts, written=False: [1] * len(texts))
-    [episode] = run_episodes([make_task(["Ben bakes."])], demonstrator, config, embed, exact_match)
-    assert episode.reward == 0
+# --- the step -------------------------------------------------------------------------------------
 
 
-def test_a_teachers_file_goes_with_its_settings(tmp_path, config, embed):
-    """Bug: half of a file is made with other settings, or a policy is trained on operations that it does not have."""
-    path = tmp_path / "t.jsonl"
-    begun = Config(demonstrations=str(path), sft_tasks=2)
-    demonstrations.record(demonstrations.TownDemonstrator("append", begun), "append", lambda n: town_task(n, "train", begun), begun, embed)
-    with pytest.raises(BadInput, match="t.jsonl was begun with another questions, temperature"):
-        other = Config(demonstrations=str(path), questions=3, temperature=0.5)
-        demonstrations.record(demonstrations.TownDemonstrator("append", other), "append", None, other, embed)
-    with pytest.raises(BadInput, match=r"--disable \[\], not \['read'\]"):
-        demonstrations.recorded(Config(demonstrations=str(path), disable=["read"]))
-    path.write_text(path.read_text() + '{"task": 3}\n')
-    foreign = '{"id": 1}\n{"id": 2}'
-    (tmp_path / "data.jsonl").write_text(foreign)
-    with pytest.raises(BadInput, match="data.jsonl is another kind of file"):
-        demonstrations.read_file(tmp_path / "data.jsonl")
-    assert (tmp_path / "data.jsonl").read_text() == foreign
-    with pytest.raises(BadInput, match="line 4 is no demonstration"):
-        demonstrations.recorded(begun)
+def step(policy, samples, num_tokens, **settings):
+    """Metrics of one sft_step, and its gradients."""
+    policy.zero_grad()
+    recorder, accelerator = Recorder(policy.parameters(), lr=0.0), Accelerator(cpu=True)
+    config = Config(max_grad_norm=1e9, **settings)
+    metrics = sft.sft_step(policy, samples, num_tokens, [recorder], accelerator, config)
+    return metrics, recorder.gradients
 
 
-@pytest.mark.parametrize("task, file", [("hotpotqa", "hotpotqa.json"), ("2wikimultihopqa", "2wikimultihopqa.json"),
-                                        ("musique", "musique.jsonl")])
-def test_gold_demonstrations(task, file, tiny, embed):
-    """Bug: the gold facts are stored too long to be written, never found again, or answered without being in view."""
-    config = Config(task=task, data=str(DATA / file), documents=30, questions=1, top_k=6, max_prompt_tokens=2000, max_response_tokens=160)
-    count = lambda texts, written=False: [len(text.split()) + 2 for text in texts]
-    tasks = [load_tasks(config, "test", count)(index) for index in range(40)]
-    episodes = run_episodes(tasks, demonstrations.GoldDemonstrator(tasks, config, count), config, embed, exact_match)
-    assert score(episodes) > 0.6
-    for episode in episodes:
-        for turn in episode.turns:
-            assert count([turn.response.text])[0] <= config.max_response_tokens
-            if "<answer>" in turn.response.text:
-                shown = {entry.text for entry in turn.observation.entries}
-                assert {": ".join(support) for support in episode.task.questions[0].support} <= shown
+def test_the_step_is_cross_entropy_over_the_response_tokens(tiny, embed):
+    """Bug: the loss counts prompt tokens, is normalised per micro-batch, or token_accuracy is taken
+    over the last micro-batch alone."""
+    tiny.temperature = 0.05  # so sharp that its own responses are nearly certain
+    prompts = [sample.prompt_ids for sample in demonstrated(Config(), tiny, embed, 5)[:6]]
+    rngs = [random.Random(n) for n in range(6)]
+    written = tiny.sample(prompts, rngs)
+    samples = [
+        Sample(prompt, ids[: 2 + n]) for n, (prompt, (ids, _)) in enumerate(zip(prompts, written))
+    ]
+    samples += [Sample(prompt, [7, 8, 9]) for prompt in prompts]  # and these are unlikely
+    num_tokens = 5 + sum(len(sample.response_ids) for sample in samples)  # 5: of another process
+    expected = 0.0
+    likely = 0
+    for sample in samples:
+        prompt, response = sample.key
+        logits = tiny.model(torch.tensor([prompt + response])).logits[0] / tiny.temperature
+        logprobs = logits[:, : tiny.known_ids].log_softmax(-1)
+        own = logprobs[len(prompt) - 1 : -1].gather(1, torch.tensor(response)[:, None])
+        expected = expected - own.sum() / num_tokens
+        likely += (own > math.log(0.5)).sum().item()
+    tiny.zero_grad()
+    expected.backward()
+    by_hand = [p.grad.clone() for p in tiny.parameters()]
+    assert 0 < likely < num_tokens - 5
+    for order, budget in ((1, 1), (-1, 100), (1, 10**6)):
+        metrics, found = step(tiny, samples[::order], num_tokens, micro_batch_tokens=budget)
+        assert metrics["loss"] == pytest.approx(expected.item(), rel=1e-4)
+        assert metrics["token_accuracy"] == pytest.approx(likely / num_tokens)
+        norm = sum(gradient.square().sum().item() for gradient in by_hand) ** 0.5
+        assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-3)
+        for one, other in zip(found, by_hand):
+            assert torch.allclose(one, other, atol=1e-5 + 1e-3 * other.abs().max().item())

@@ -1,0 +1,39 @@
+"""A new operation: <pin_memory>2</pin_memory> copies the entry shown as number 2 into the
+scratchpad, where it is always shown.
+
+    python -m forks.pin sft --name pin
+    python -m forks.pin grpo --name pin
+    python -m forks.pin evaluate --name pin
+
+A pretrained model reads of it in its instruction. The tiny model learns from demonstrations alone,
+so it would also need a demonstrator that pins: see tasks/demonstrators.py.
+"""
+
+import sys
+
+import agent
+import evaluate
+import grpo
+import sft
+
+agent.TAGS["paper"]["pin"] = "pin_memory"
+agent.USAGE["pin"] = "<{tag}>{number}</{tag}> copies entry #2 into your scratchpad."
+agent.NUMBERED["pin"] = agent.NUMBERED["delete"]  # written as Delete is: a number alone
+execute = agent.execute
+
+
+def execute_with_pin(operation, episode, observation, vectors):
+    """agent.execute, and Pin."""
+    if operation.kind != "pin":
+        execute(operation, episode, observation, vectors)
+    elif 1 <= operation.number <= len(observation.entries):
+        entry = observation.entries[operation.number - 1]
+        episode.memory.scratchpad = f"{episode.memory.scratchpad} {entry.text}".strip()
+    else:
+        operation.error = "no entry of that number is shown"
+
+
+agent.execute = execute_with_pin
+
+if __name__ == "__main__":
+    {"sft": sft, "grpo": grpo, "evaluate": evaluate}[sys.argv.pop(1)].main()

@@ -1,0 +1,45 @@
+"""A new task: where parcels were put. It writes 200 tasks to train on and 50 others to test on.
+
+    python -m forks.shelves
+    python sft.py --preset qa --task saved --data shelves-train.jsonl --questions 3 --name shelves
+    python grpo.py --name shelves
+    python evaluate.py --name shelves --data shelves-test.jsonl
+
+The `support` of a question is a (title, sentence) that holds the answer. Only the scripted
+demonstrator needs it. A teacher's demonstrations (tools/teach.py) do without.
+"""
+
+import json
+import random
+from pathlib import Path
+
+from config import need
+
+
+def make_task(rng: random.Random, id: str) -> dict:
+    """One line of a saved set (tasks/qa.py): 40 parcels, each in its own document, 3 questions."""
+    parcels = rng.sample(range(100, 1000), 40)
+    shelves = {parcel: rng.randint(1, 99) for parcel in parcels}
+    told = {one: f"Parcel {one} was put on shelf {shelf}." for one, shelf in shelves.items()}
+    questions = [
+        {
+            "question": f"On which shelf is parcel {parcel}?",
+            "answers": [str(shelves[parcel])],
+            "support": [(f"Parcel {parcel}", told[parcel])],
+        }
+        for parcel in rng.sample(parcels, 3)
+    ]
+    documents = [f"Parcel {parcel}\n{told[parcel]}" for parcel in parcels]
+    return {"id": id, "questions": questions, "documents": documents}
+
+
+def main():
+    for split, number in (("train", 200), ("test", 50)):
+        path, rng = Path(f"shelves-{split}.jsonl"), random.Random(split)
+        need(not path.exists(), f"{path} exists: delete it first, or go to another folder")
+        lines = [json.dumps(make_task(rng, f"{split}-{index}")) for index in range(number)]
+        path.write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""What is asked: the built-in town (town.py), and long-context QA from data files (qa.py).
+
+Both are streams: functions from an index to a task. The same settings give the same tasks.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from config import Config
+
+
+@dataclass(frozen=True)
+class Question:
+    text: str
+    answers: tuple[str, ...]  # the gold answer, then its aliases
+    support: tuple[tuple[str, str], ...] = ()  # QA sets: (title, sentence) pairs with the answer
+
+
+@dataclass(frozen=True)
+class Task:
+    """One episode's work: `chunks` to read in order, then `questions` to answer from memory."""
+
+    id: str
+    questions: tuple[Question, ...]
+    documents: tuple[str, ...]
+    chunks: tuple[str, ...] = ()  # the documents, cut to size
+    context: str = ""  # shown beside every question: the full-context baseline
+
+
+Count = Callable[[list[str]], list[int]]  # the number of tokens of each text
+
+
+def load_tasks(config: Config, split: str, count: Count) -> Callable[[int], Task]:
+    """The stream of 'train', 'dev' (held out during training) or 'test' tasks."""
+    if config.task == "town":
+        from tasks.town import town_task  # here, because it needs the records above
+
+        return lambda index: town_task(index, split, config)
+    from tasks.qa import QATasks, SavedTasks, lay_out
+
+    build = (SavedTasks if config.task == "saved" else QATasks)(config, split)
+    return lambda index: lay_out(build(index), config, count)
+
+
+def held_out_tasks(config: Config, split: str, number: int, count: Count) -> list[Task]:
+    """The first `number` tasks of the 'dev' or 'test' stream, or all that a saved set has."""
+    if config.task == "saved":
+        from tasks.qa import SavedTasks
+
+        number = min(number, len(SavedTasks(config, split)))
+    return list(map(load_tasks(config, split, count), range(number)))
+
+
+def corpus(config: Config) -> Iterator[str]:
+    """Texts for the vocabulary of a tiny model's tokenizer."""
+    if config.task == "town":
+        from tasks.town import texts
+
+        return iter(texts())
+    from tasks.qa import texts
+
+    return iter(texts(config))

@@ -1,0 +1,108 @@
+"""The worked examples in forks/."""
+
+import importlib
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import TINY, Scripted, make_task
+
+import agent
+import evaluate
+import grpo
+import sft
+from memory import Memory
+from tasks import scoring
+
+
+@pytest.fixture
+def call(tmp_path, monkeypatch, capsys):
+    """call(module, *arguments): run its main function in a new folder. Returns what it prints."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(module, *arguments):
+        monkeypatch.setattr("sys.argv", [module.__name__, *map(str, arguments)])
+        capsys.readouterr()
+        module.main()
+        return capsys.readouterr().out
+
+    return run
+
+
+def last_line(run):
+    return json.loads((Path(run) / "metrics.jsonl").read_text().splitlines()[-1])
+
+
+def load(name):
+    """The fork, imported anew."""
+    sys.modules.pop(f"forks.{name}", None)
+    return importlib.import_module(f"forks.{name}")
+
+
+@pytest.fixture
+def pin(monkeypatch):
+    """forks.pin, whose changes are undone after the test."""
+    monkeypatch.setattr(agent, "execute", agent.execute)
+    for name in ("USAGE", "NUMBERED"):
+        monkeypatch.setattr(agent, name, dict(getattr(agent, name)))
+    monkeypatch.setitem(agent.TAGS, "paper", dict(agent.TAGS["paper"]))
+    return load("pin")
+
+
+def test_a_new_operation_is_executed(pin, config, embed):
+    """Bug: the grammar or the loop has changed so that the fork's operation is not one any more."""
+    script = [
+        "<create_memory>Ben bakes</create_memory><read_memory>Ben</read_memory>",
+        "<pin_memory>1</pin_memory><pin_memory>2</pin_memory><pin_memory>Ben</pin_memory>",
+    ]
+    policy, task = Scripted({"Who?": script}), make_task(["one", "two"])
+    [episode] = agent.run_episodes([task], policy, config, embed, scoring.exact_match)
+    assert episode.memory.scratchpad == "Ben bakes"
+    executed = [not operation.error for operation in episode.turns[1].operations]
+    assert executed == [True, False, False]
+    assert scoring.summarize(scoring.tally([episode]))["pin"] == pytest.approx(1 / 3)
+    assert "<pin_memory>2</pin_memory> copies" in agent.instruction(config)
+
+
+def test_a_new_operation_is_trained(pin, call):
+    """Bug: a script ignores the fork's operation: it is not counted, or not a token of its own."""
+    call(sft, *TINY)
+    call(grpo, *TINY)
+    assert "pin" in last_line("runs/town/grpo")
+    [*_, newest] = sorted(Path("runs/town/grpo").glob("step-*"))
+    assert "<pin_memory>" in (newest / "tokenizer.json").read_text()
+    assert "grpo 1x" in call(evaluate, "--sweep", "length=1", "--eval_tasks", 2, "--cpu")
+
+
+def test_a_new_task(call):
+    """Bug: the fork's task is not read, demonstrated or scored, or its files replace others."""
+    shelves = load("shelves")
+    call(shelves)
+    with pytest.raises(SystemExit, match="shelves-train.jsonl exists"):
+        call(shelves)
+    short = [*TINY, "--max_response_tokens", 60, "--eval_tasks", 1, "--save_every", 2]
+    data = ["--task", "saved", "--data", "shelves-train.jsonl", "--questions", 3]
+    call(sft, "--preset", "qa", *data, "--name", "shelves", *short)
+    call(grpo, "--name", "shelves", *short)
+    test = ["--name", "shelves", "--data", "shelves-test.jsonl", "--cpu"]
+    assert "grpo shelves-test.jsonl" in call(evaluate, *test, "--eval_tasks", 1)
+    gold = ["--preset", "qa", "--task", "saved", *test[2:], "--name", "gold", "--gold"]
+    out = call(evaluate, *gold, "--eval_tasks", 5)
+    assert float(re.search(r"shelves-test\.jsonl +([0-9.]+)", out)[1]) > 90
+
+
+def test_a_new_reward(call, monkeypatch):
+    """Bug: GRPO takes its reward from somewhere else than the fork changes it."""
+    call(sft, *TINY)
+    monkeypatch.setattr(agent.Episode, "reward", agent.Episode.reward)  # undone after the test
+    load("frugal")
+    memory = Memory()
+    memory.create("a", [1.0])
+    episode = agent.Episode(make_task(["a"]), memory, scores=[1.0])
+    assert episode.reward == pytest.approx(0.98)
+    monkeypatch.setattr("forks.frugal.right_answers", lambda episode: 1.0)
+    call(grpo, "--from", "runs/town/sft", "--name", "frugal", *TINY)
+    line = last_line("runs/frugal/grpo")
+    assert line["reward"] == pytest.approx(1 - 0.02 * line["entries"])

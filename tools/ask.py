@@ -1,0 +1,135 @@
+"""Questions about a text of your own, answered from the memory that a trained agent makes of it.
+
+    python -m tools.ask "Where does Anna live?" "Who is Ben?" --file notes.txt --memory notes.memory
+    python -m tools.ask "What is Anna's job?" --memory notes.memory         without reading again
+
+The run of --from or --name answers. A .jsonl file is read as one text per line: a string, or an
+object with a "text". Below each answer stand the entries that were shown when it was given, and
+the lines of the file that they come from.
+"""
+
+import bisect
+import json
+import re
+from itertools import accumulate, pairwise
+from pathlib import Path
+
+from accelerate import Accelerator
+from tqdm import tqdm
+
+from agent import Episode, Observation, Policy, continue_episodes
+from config import BadInput, Config, check_new_file, need, parse_args
+from evaluate import chosen_runs, open_contestants
+from memory import Embedder, Memory, load_embedder
+from tasks import Count, Question, Task
+from tasks.qa import split_chunks
+from tools.view import printable
+from training.checkpoint import replace_file
+
+
+def answer_questions(questions, file, saved, policy: Policy, embed: Embedder, config: Config):
+    """Read `file`, or load the memory `saved`, and print the answers.
+
+    With both, the memory is saved as it is after reading. Raises BadInput, before anything is read,
+    if there is neither, or if `saved` cannot be written or does not fit the settings.
+    """
+    need(file or saved, "give a --file to read, or the --memory that an earlier reading saved")
+    if file and saved:
+        check_new_file("--memory", saved, config.overwrite)
+    chunks, lines = read_chunks(Path(file), config, policy.count) if file else ((), [])
+    memory, origins, query = Memory(config.capacity), {}, ""
+    if not file:
+        memory, origins, query = load_memory(saved, config)
+    task = Task("ask", tuple(Question(text, ("",)) for text in questions), chunks, chunks)
+    episode = Episode(task, memory, query=query)
+    if query:
+        episode.query_vector = embed([query], query=True)[0]
+
+    def after_turn(_):
+        bar.update()
+        turn = episode.turns[-1]
+        finished = turn.position < episode.position
+        place = "written while answering"
+        if turn.position < len(chunks):
+            place = f"chunk {turn.position + 1}, {lines[turn.position]} of {file}"
+        elif finished:
+            tqdm.write(answer_text(turn.observation, episode.answers[-1], origins))
+        for operation in turn.operations:
+            if operation.kind in ("create", "update") and not operation.error:
+                origins[str(operation.id)] = place
+        if saved and finished and episode.position == len(chunks):
+            content = {"memory": memory.state(), "query": episode.query}
+            content |= {"embedder": config.embedder, "origins": origins}
+            replace_file(Path(saved), json.dumps(content))
+            tqdm.write(f"{len(memory)} entries saved as {saved}")
+
+    total = len(chunks) + len(questions)
+    with tqdm(total=total, unit="turn", disable=None, leave=False) as bar:
+        continue_episodes([episode], policy, config, embed, lambda *_: 0.0, after_turn)
+
+
+def answer_text(shown: Observation, answer: str | None, origins: dict[str, str]) -> str:
+    """An answer, and what was shown when it was given. origins: {id: where its text comes from}."""
+    lines = [f"\n{shown.question}", f"  {answer or '(no answer)'}"]
+    for entry in shown.entries:
+        lines.append(f"    [{entry.id}] {entry.text}    ({origins[str(entry.id)]})")
+    if shown.scratchpad:
+        lines.append(f"    scratchpad: {shown.scratchpad}")
+    return printable("\n".join(lines))
+
+
+def read_chunks(path: Path, config: Config, count: Count) -> tuple[tuple[str, ...], list[str]]:
+    """(chunks, the lines that each one comes from, such as "lines 1-20")."""
+    need(path.is_file(), f"--file {path}: there is no such file")
+    try:  # split at "\n" alone: a text may hold other line separators
+        pieces = re.findall(r"[^\n]*\n|[^\n]+", path.read_text(encoding="utf-8"))
+        if path.suffix == ".jsonl":
+            rows = [json.loads(piece) if piece.strip() else "" for piece in pieces]
+            pieces = [(row if isinstance(row, str) else row["text"]) + "\n" for row in rows]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        kind = path.suffix or "text"
+        raise BadInput(f"--file {path} cannot be read as {kind}: {error!r}") from error
+    need("".join(pieces).strip(), f"--file {path}: there is no text in it")
+    # The town's reader knows chunks of two sentences of seven tokens, whatever --chunk_tokens says.
+    chunks = split_chunks(pieces, 14 if config.task == "town" else config.chunk_tokens, count)
+    ends = list(accumulate(map(len, pieces)))  # the character after each line
+    borders = [0, *accumulate(map(len, chunks))]
+    lines = []
+    for start, end in pairwise(borders):
+        first, last = bisect.bisect_right(ends, start) + 1, bisect.bisect_left(ends, end) + 1
+        lines.append(f"line {first}" if first == last else f"lines {first}-{last}")
+    return chunks, lines
+
+
+def load_memory(path, config: Config) -> tuple[Memory, dict[str, str], str]:
+    """(memory, {id: where its text comes from}, standing query) of a saved file."""
+    need(Path(path).is_file(), f"--memory {path}: no such file; with a --file to read, it is made")
+    try:
+        state = json.loads(Path(path).read_text(encoding="utf-8"))
+        memory, embedder = Memory.from_state(state["memory"]), state["embedder"]
+        origins, query = dict(state["origins"]), str(state["query"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BadInput(f"--memory {path} is not a saved memory: {error!r}") from error
+    same = embedder == config.embedder
+    need(same, f"--memory {path} was made with --embedder {embedder}, not {config.embedder}")
+    return memory, origins, query
+
+
+FLAGS = [
+    ("question", dict(nargs="+", metavar="QUESTION", help="what is asked about the text")),
+    ("--file", dict(help="the text to read: .txt, .md, .jsonl")),
+    ("--memory", dict(metavar="FILE", help="save the memory here; without --file: use this one")),
+]
+
+
+def main():
+    config, args = parse_args("Questions about your text.", FLAGS, default_runs=("grpo", "sft"))
+    device = Accelerator(cpu=config.cpu).device
+    [contestant] = open_contestants(config, chosen_runs(config, args.start)[-1:], device)
+    policy = contestant.policy([], config)
+    embed = load_embedder(config.embedder, device)
+    answer_questions(args.question, args.file, args.memory, policy, embed, config)
+
+
+if __name__ == "__main__":
+    main()

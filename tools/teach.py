@@ -1,0 +1,82 @@
+"""Let a strong model play training tasks, and write its episodes to a file for sft.py.
+
+    python -m tools.teach --model Qwen/Qwen3-32B --demonstrations taught.jsonl --task ... --data ...
+    python sft.py --model Qwen/Qwen3-0.6B --demonstrations taught.jsonl --task ... --data ...
+
+With --endpoint URL the model is at a server. Started again, the tool continues its file, whose
+format is in tasks/demonstrators.py. Episodes below --keep_score are listed without their turns.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from tqdm import tqdm
+
+from agent import Episode, Policy, observe, render, run_episodes
+from config import Config, check_new_file, need, parse_args
+from memory import Embedder, Memory, load_embedder
+from policy import load_policy
+from tasks import load_tasks
+from tasks.demonstrators import RECORDED, read_file
+from tasks.scoring import score_function
+from tools.server import ServerPolicy
+
+
+def record(teacher: Policy, stream: Callable, config: Config, embed: Embedder) -> list[float]:
+    """Play those of the first config.sft_tasks tasks that config.demonstrations does not hold yet.
+
+    Returns all scores in the file. Raises BadInput if it has other settings, or is no such file.
+    """
+    path, lines = Path(config.demonstrations), []
+    settings = {"teacher": config.model} | {name: getattr(config, name) for name in RECORDED}
+    if path.exists():
+        made_with, lines = read_file(path)
+        different = [name for name in settings if made_with.get(name) != settings[name]]
+        need(not different, f"{path} was made with another {', '.join(different)}: name a new file")
+    else:
+        path.write_text(json.dumps({"settings": settings}) + "\n")
+    scores = {line["task"]: line["score"] for line in lines}
+    block = config.in_flight if config.endpoint else config.sample_rows  # episodes side by side
+    with open(path, "a", encoding="utf-8") as file:
+        for start in tqdm(range(0, config.sft_tasks, block), unit="block", disable=None):
+            indices = range(start, min(start + block, config.sft_tasks))
+            tasks = [task for task in map(stream, indices) if task.id not in scores]
+            for episode in run_episodes(tasks, teacher, config, embed, score_function(config)):
+                scores[episode.task.id] = episode.reward
+                file.write(json.dumps(as_line(episode, config), ensure_ascii=False) + "\n")
+            file.flush()
+    return list(scores.values())
+
+
+def as_line(episode: Episode, config: Config) -> dict:
+    """The episode as the file holds it. A response that was cut off is no example."""
+    good = episode.reward >= config.keep_score
+    kept = [turn for turn in episode.turns if good and not turn.response.truncated]
+    turns = [{"prompt": render(t.observation), "response": t.response.text} for t in kept]
+    return {"task": episode.task.id, "score": episode.reward, "turns": turns}
+
+
+def main():
+    config, _ = parse_args("Write demonstrations of a strong model.")
+    need(config.model, "--model is missing: the model that plays, such as Qwen/Qwen3-32B")
+    need(config.demonstrations, "--demonstrations FILE is missing: the file for the episodes")
+    check_new_file("--demonstrations", config.demonstrations, overwrite=True)  # it is continued
+    device = Accelerator(cpu=config.cpu).device
+    if config.endpoint:
+        teacher = ServerPolicy(config, config.temperature)
+    else:
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        teacher = load_policy(config.model, config, dtype).to(device)
+    stream = load_tasks(config, "train", teacher.count)
+    # Raises BadInput, before long work, if a prompt cannot fit.
+    teacher.shorten(observe(Episode(stream(0), Memory()), config))
+    scores = record(teacher, stream, config, load_embedder(config.embedder, device))
+    good = sum(score >= config.keep_score for score in scores)
+    print(f"{config.demonstrations}: {good} of {len(scores)} episodes are good enough")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,292 @@
+"""A run on disk: its settings, metrics and checkpoints, and how it is stopped and resumed.
+
+A run folder is usable whenever the run is killed. A checkpoint is written aside, flushed to disk
+and then renamed. What came after the newest checkpoint is dropped by --resume, and comes again the
+same: everything random is seeded by the step, so no generator state has to be saved.
+"""
+
+import json
+import os
+import re
+import shutil
+import signal
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs, set_seed
+from safetensors import SafetensorError
+from torch.distributed.checkpoint import state_dict
+from tqdm import tqdm
+
+from config import Config, load_settings, need
+from training.distributed import all_reduce_max, is_sharded
+
+PATIENCE = timedelta(hours=2)  # how long a process waits for the rollouts of another
+# Whole tensors, on the CPU: one way for one process, DDP and FSDP2.
+FULL = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)
+STEP = re.compile(r"step-\d{6,}")
+
+
+def checkpoints(run) -> list[Path]:
+    """The checkpoints of a run folder, oldest first. All are complete: a rename made them."""
+    return [path for path in sorted(Path(run).glob("step-*")) if STEP.fullmatch(path.name)]
+
+
+def latest_checkpoint(run) -> Path:
+    """The newest checkpoint of a run folder, for from_pretrained. Raises BadInput if none."""
+    found = checkpoints(run)
+    need(found, f"{run} has no checkpoint: there is no folder such as {run}/{step_name(25)}")
+    return found[-1]
+
+
+def starting_model(run: "Run", config: Config, start) -> str | Path:
+    """What to load: the run's own checkpoint, else the model of --from, else --model (or "")."""
+    if run.checkpoint or not start:
+        return run.checkpoint or config.model
+    same = run.folder.resolve() == Path(start).resolve()
+    need(not same, f"--overwrite would delete {start}, where this run starts: take another --name")
+    run.accelerator.print(f"the model is {latest_checkpoint(start)}")
+    return latest_checkpoint(start)
+
+
+class Run:
+    """A run folder, runs/NAME/STAGE. It may be copied, renamed or moved.
+
+        config.json, metrics.jsonl    the stage and all settings; one line of metrics per step
+        step-000050/                  a checkpoint: weights and tokenizer for from_pretrained, and
+                                      training.pt and progress.json for --resume
+        latest, best                  text files that name the newest checkpoint, and the one with
+                                      the highest held-out EM
+
+    The two newest checkpoints and the best one are kept, and with --kl the first one, which is the
+    reference model. resume: the run folder to continue; None starts a new run. `step` is the number
+    of finished steps. Raises BadInput if the folder is taken or cannot be used.
+    """
+
+    def __init__(self, config: Config, stage: str, resume=None):
+        self.config, self.stage = config, stage
+        self.folder = Path(resume or config.folder(stage))
+        self.name = self.folder.resolve().parent.name  # what --name says of a run in runs/
+        self.step, self.metrics, self.best = 0, {}, None  # best: [held-out EM, step]
+        self.recent = deque(maxlen=10)  # the main metric of the last steps
+        self.stopping = False
+        self.checkpoint = latest_checkpoint(resume) if resume else None
+        need(not config.endpoint, "--endpoint: a model behind a server cannot be trained")
+        found = load_settings(resume)[0] if resume else stage
+        need(found == stage, f"--resume {resume}: that is a run of {found}.py")
+        need(
+            resume or config.overwrite or not checkpoints(self.folder),
+            f"{self.folder} already holds a run: continue it with --resume {self.folder}, "
+            "choose another --name, or replace it with --overwrite",
+        )
+        above = next(path for path in self.folder.absolute().parents if path.exists())
+        usable = above.is_dir() and os.access(above, os.W_OK)
+        need(usable, f"{self.folder} cannot be made: {above} is not a folder to write to")
+        self.accelerator = make_accelerator(config, self.folder)
+        self.main = self.accelerator.is_main_process  # the process that writes
+        set_seed(config.seed)
+        if resume:
+            self.rewind()
+
+    def rewind(self):
+        """Go back to the newest checkpoint: drop the metrics of later steps."""
+        progress = json.loads((self.checkpoint / "progress.json").read_text())
+        self.step, self.best = progress["step"], progress["best"]
+        path = self.folder / "metrics.jsonl"
+        lines = path.read_text().splitlines(keepends=True)[: self.step]
+        need(len(lines) == self.step, f"{path} was changed: it ends before step {self.step}")
+        self.metrics = json.loads(lines[-1]) if lines else {}
+        if self.main:
+            replace_file(path, "".join(lines))
+
+    def begin(self, policy, optimizers: list[torch.optim.Optimizer]):
+        """Load the optimisers' state, or make the folder and its first checkpoint.
+
+        Call it when all that can fail on bad input is done. `policy` was loaded from `checkpoint`
+        if there is one. From here on Ctrl-C and SIGTERM end the run after the current step.
+        """
+        self.policy, self.optimizers = policy, optimizers
+        if self.checkpoint:
+            # Sharded, each process needs a part of the file only: mmap leaves the rest on disk.
+            path = self.checkpoint / "training.pt"
+            states = torch.load(path, weights_only=True, mmap=is_sharded())
+            if states["state"]:
+                state_dict.set_optimizer_state_dict(policy.model, optimizers, states, options=FULL)
+        if self.main:
+            with self.on_disk():
+                self.prepare_folder()
+        if not self.checkpoint:
+            self.save()
+        if self.config.log_with:
+            self.accelerator.init_trackers("atommem", config=self.config.saved())
+        signals = (signal.SIGINT, signal.SIGTERM)
+        self.handlers = {number: signal.signal(number, self.stop) for number in signals}
+
+    def prepare_folder(self):
+        """The main process's part of `begin`. Of an old run only its own files are replaced."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if self.checkpoint:
+            self.point_and_prune()
+        else:  # config.json goes first and comes last: a kill leaves no mixture of two runs
+            for name in ("config.json", "latest", "best"):
+                (self.folder / name).unlink(missing_ok=True)
+            for old in checkpoints(self.folder):
+                shutil.rmtree(old)
+            (self.folder / "metrics.jsonl").write_text("")
+        settings = {"stage": self.stage} | self.config.saved()
+        replace_file(self.folder / "config.json", json.dumps(settings, indent=1) + "\n")
+
+    def stop(self, number, frame):
+        """Signal handler: let the step finish. The same signal again has its usual effect."""
+        self.stopping = True
+        signal.signal(number, self.handlers[number])
+        if self.main:
+            tqdm.write("stopping after this step; a second time stops at once")
+
+    def steps(self, total: int) -> Iterator[int]:
+        """The numbers of the remaining steps, up to `total`, until a signal comes.
+
+        After each step, which the caller has logged, a checkpoint is written if it is due.
+        """
+        hide = None if self.main else True  # None: shown on a terminal only
+        self.bar = tqdm(range(total), self.stage, initial=self.step, disable=hide, unit="step")
+        while self.step < total and not all_reduce_max(self.stopping, self.accelerator):
+            self.step += 1
+            set_seed(self.config.seed + self.step)  # so that a resumed run draws the same
+            yield self.step
+            self.bar.update()
+            if self.step % self.config.save_every == 0:
+                self.save()
+        self.bar.close()
+        if self.checkpoint.name != step_name(self.step):
+            self.save()
+
+    def log(self, metrics: dict[str, float]):
+        """Append the step's metrics to metrics.jsonl, send them to the tracker, show the main one.
+
+        Without a terminal, every twentieth part of the run and each evaluation print a line.
+        """
+        self.metrics = {"step": self.step}
+        self.metrics |= {name: float(f"{value:.6g}") for name, value in metrics.items()}
+        if not self.main:
+            return
+        with self.on_disk(), open(self.folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(self.metrics) + "\n")
+        self.accelerator.log(metrics, step=self.step)
+        name = "reward" if "reward" in metrics else "loss"
+        self.recent.append(metrics[name])
+        line = f"{name} {sum(self.recent) / len(self.recent):.3f}  {metrics['seconds']:.2f} s/step"
+        if "held_out_em" in metrics:
+            line += f"  held-out EM {metrics['held_out_em']:.3f}"
+        self.bar.set_postfix_str(line)
+        due = self.step % max(1, self.bar.total // 20) == 0 or "held_out_em" in metrics
+        if self.bar.disable and due:
+            print(f"{self.stage} {self.step}/{self.bar.total}  {line}", flush=True)
+
+    def save(self):
+        """Collective: write a checkpoint of this step. Every process calls it; the main one writes.
+
+        Raises SystemExit if the disk refuses.
+        """
+        em = self.metrics.get("held_out_em")
+        if em is not None and (self.best is None or em > self.best[0]):
+            self.best = [em, self.step]
+        # get_state_dict would step an optimiser that has no state yet.
+        stepped = [optimizer for optimizer in self.optimizers if optimizer.state]
+        weights, states = state_dict.get_state_dict(self.policy.model, stepped, options=FULL)
+        if self.main:
+            with self.on_disk():
+                self.write(weights, states)
+        self.accelerator.wait_for_everyone()
+        self.checkpoint = self.folder / step_name(self.step)
+
+    def write(self, weights: dict, states: dict):
+        """The main process's part of `save`."""
+        part = self.folder / "part"
+        shutil.rmtree(part, ignore_errors=True)  # a killed save may have left it
+        self.policy.save(part, weights)
+        torch.save(states, part / "training.pt")
+        (part / "progress.json").write_text(json.dumps({"step": self.step, "best": self.best}))
+        for path in [self.folder / "metrics.jsonl", *part.rglob("*"), part]:
+            flush(path)
+        part.rename(self.folder / step_name(self.step))
+        self.point_and_prune()
+
+    def point_and_prune(self):
+        """Write `latest` and `best`, and delete the checkpoints that are no longer needed."""
+        found = [path.name for path in checkpoints(self.folder)]
+        keep = {*found[-2:], *([step_name(0)] if self.config.kl else [])}
+        replace_file(self.folder / "latest", found[-1] + "\n")
+        if self.best:
+            keep.add(step_name(self.best[1]))
+            replace_file(self.folder / "best", step_name(self.best[1]) + "\n")
+        for name in set(found) - keep:
+            shutil.rmtree(self.folder / name)
+
+    @contextmanager
+    def on_disk(self):
+        """Turns a failed write into one sentence."""
+        try:
+            yield
+        except (OSError, RuntimeError, SafetensorError) as error:  # the last two: a full disk
+            then = f"continue with --resume {self.folder}" if self.checkpoint else "start again"
+            raise SystemExit(
+                f"{self.folder}: step {self.step} could not be saved: {error}\nThe checkpoints "
+                f"before it are sound: {then} when there is room"
+            ) from error
+
+    def finish(self, total: int, next_command: str):
+        """Restore the signal handlers, close tracker and process group, say what comes next.
+
+        Call it when the caller has dropped its DDP wrapper. The group must go after the wrapper:
+        the other way round, the wrapper's destructor can wait for ever for a thread of the group.
+        """
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        self.accelerator.free_memory()  # accelerate's own reference to the wrapper
+        self.accelerator.end_training()
+        then = f"next: {next_command}"
+        if self.step < total:
+            then = f"to continue: python {self.stage}.py --resume {self.folder}"
+        self.accelerator.print(f"{self.step} steps, saved in {self.checkpoint}; {then}")
+
+
+def make_accelerator(config: Config, folder: Path) -> Accelerator:
+    """accelerate's view of devices and processes. Raises BadInput if a tracker is missing."""
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # every process loads the weights itself
+    accelerator = Accelerator(
+        cpu=config.cpu or not torch.accelerator.is_available(),
+        mixed_precision="no",  # the policy does its own autocast
+        log_with=config.log_with or None,
+        project_dir=folder,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+    )
+    installed = not config.log_with or accelerator.log_with
+    need(installed, f"--log_with {config.log_with}: that tracker is not installed")
+    return accelerator
+
+
+def step_name(step: int) -> str:
+    return f"step-{step:06d}"
+
+
+def replace_file(path: Path, text: str):
+    """Write a text file so that at any moment either the old or the new one is there."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    flush(part)
+    os.replace(part, path)
+
+
+def flush(path: Path):
+    """Make sure that a file, or the names in a folder, are on disk and survive a power cut."""
+    if path.is_dir() and os.name == "nt":  # Windows cannot open a folder
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)

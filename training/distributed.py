@@ -1,0 +1,136 @@
+"""Training in many processes: DDP, or FSDP2 if accelerate's configuration asks for it.
+
+    accelerate launch --num_processes 8 grpo.py                              DDP on 8 GPUs
+    accelerate launch --config_file fsdp.yaml --num_processes 8 grpo.py ...  sharded over 8 GPUs
+    torchrun --nproc_per_node 2 grpo.py                                      DDP on a CPU
+
+Each process plays its share of a step's tasks; a group stays together. Then all processes do the
+same number of forward and backward passes: one with fewer micro-batches adds IDLE ones. DDP and
+FSDP2 average gradients. So each loss is multiplied by the number of processes and divided by the
+response tokens of all of them: the gradient is that of one process with all the samples. FSDP2
+would gather all weights for every sampled token, so each process samples from a full copy.
+"""
+
+import copy
+import os
+from collections.abc import Iterator
+
+import torch
+from accelerate import Accelerator
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from transformers import AutoModelForCausalLM
+
+from agent import run_episodes
+from config import Config, need
+from policy import LanguageModel, Sample
+from tasks import Task
+from tasks.scoring import score_function, summarize, tally
+from training.optim import micro_batches
+
+IDLE = Sample([0], [])  # no response tokens, so it adds nothing to any sum
+
+
+def shard(items, accelerator: Accelerator) -> list:
+    """This process's part of `items`, which all processes have."""
+    return list(items[accelerator.process_index :: accelerator.num_processes])
+
+
+def all_reduce_sum(values: dict[str, float], accelerator: Accelerator) -> dict[str, float]:
+    """Collective: the sum of each value over all processes."""
+    if accelerator.num_processes == 1:
+        return values
+    numbers = torch.tensor(list(values.values()), dtype=torch.float64, device=accelerator.device)
+    return dict(zip(values, accelerator.reduce(numbers, "sum").tolist()))
+
+
+def all_reduce_max(value: float, accelerator: Accelerator) -> float:
+    """Collective: the largest value of all processes, NaN if one of them has NaN."""
+    number = torch.tensor([value], dtype=torch.float32, device=accelerator.device)
+    return accelerator.gather(number).max().item()
+
+
+def shared_batches(
+    model, samples: list[Sample], max_tokens: int, accelerator: Accelerator
+) -> Iterator[list[Sample]]:
+    """Collective: this process's micro-batches, then idle ones, equally many in every process."""
+    batches = micro_batches(samples, max_tokens)
+    number = int(all_reduce_max(len(batches), accelerator))
+    batches += [[IDLE]] * (number - len(batches))
+    for index, batch in enumerate(batches, start=1):
+        if isinstance(model, DistributedDataParallel):  # reduce the gradients once, at the end
+            model.require_backward_grad_sync = index == number
+        yield batch
+
+
+def is_sharded() -> bool:
+    """Whether accelerate's configuration asks for FSDP."""
+    return os.environ.get("ACCELERATE_USE_FSDP") == "true"
+
+
+def copy_dtype(accelerator: Accelerator) -> torch.dtype:
+    """The dtype of a full copy that is not trained: the one that layers compute in."""
+    return torch.bfloat16 if accelerator.device.type == "cuda" else torch.float32
+
+
+def distribute(policy: LanguageModel, accelerator: Accelerator):
+    """Move `policy` to the device, for training. Returns what the gradient forward has to call:
+    the policy itself, or DDP's wrapper. FSDP2 shards the policy in place.
+
+    Make the optimisers after this. Raises BadInput for FSDP1 or a model without a layer list.
+    """
+    if not is_sharded():
+        policy.to(accelerator.device)
+        return accelerator.prepare(policy)
+    version = os.environ.get("FSDP_VERSION")
+    need(version == "2", "accelerate's configuration asks for FSDP1: set fsdp_version: 2")
+    layers = getattr(policy.model.get_decoder(), "layers", None)
+    need(layers is not None, f"{type(policy.model).__name__} has no list of layers to shard")
+    # accelerate's own FSDP plugin runs on GPUs only; torch's function runs on a CPU as well.
+    mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+    precision = MixedPrecisionPolicy(copy_dtype(accelerator), torch.float32)
+    for layer in layers:
+        fully_shard(layer, mesh=mesh, mp_policy=precision)
+    return fully_shard(policy, mesh=mesh, mp_policy=precision)  # embedding, last norm, head
+
+
+def make_rollout_model(policy: LanguageModel, accelerator: Accelerator) -> LanguageModel:
+    """The model to sample from: `policy` itself, or a full copy that sync_weights refreshes.
+
+    A copy is needed if the policy is sharded. For a pretrained model on a GPU it is in bf16,
+    because autocast would convert all fp32 weights for every token.
+    """
+    if not is_sharded() and not (policy.config.model and accelerator.device.type == "cuda"):
+        return policy
+    config = copy.deepcopy(policy.model.config)
+    with accelerator.device:
+        model = AutoModelForCausalLM.from_config(config, dtype=copy_dtype(accelerator))
+    model.generation_config = policy.model.generation_config
+    rollout_model = LanguageModel(model.eval(), policy.tokenizer, policy.config)
+    rollout_model.requires_grad_(False)
+    sync_weights(rollout_model, policy)
+    return rollout_model
+
+
+@torch.no_grad()
+def sync_weights(rollout_model: LanguageModel, policy: LanguageModel):
+    """Collective: copy the weights of `policy` into the rollout copy, one tensor at a time."""
+    if rollout_model is policy:
+        return
+    if is_sharded():
+        policy.reshard()  # a forward pass may have left embedding and head gathered
+    for copied, trained in zip(rollout_model.parameters(), policy.parameters(), strict=True):
+        weight = trained.to(copied.dtype)
+        copied.copy_(weight.full_tensor() if isinstance(weight, DTensor) else weight)
+
+
+def held_out_em(
+    rollout_model: LanguageModel, tasks: list[Task], config: Config, embed, accelerator: Accelerator
+) -> float:
+    """Collective: exact match over all questions of `tasks`, at the evaluation temperature."""
+    player = rollout_model.with_config(config, config.eval_temperature)
+    score = score_function(config)
+    episodes = run_episodes(shard(tasks, accelerator), player, config, embed, score)
+    return summarize(all_reduce_sum(tally(episodes), accelerator))["em"]
