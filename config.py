@@ -22,7 +22,6 @@ TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio", "swanlab", "comet_ml", 
 OPERATIONS = ("create", "read", "update", "delete", "scratchpad")
 # Settings that may change when a run is resumed: its length, its logging and its device.
 MAY_CHANGE = ("sft_steps", "grpo_steps", "save_every", "log_with", "cpu")
-NOT_SAVED = ("name", "overwrite")  # they belong to one command, not to the run's settings
 
 
 class BadInput(SystemExit, ValueError):
@@ -146,9 +145,9 @@ class Config:
         return Path("runs") / self.name / stage
 
     def saved(self) -> dict:
-        """The settings that a run folder keeps."""
+        """The settings that a run folder keeps. Two belong to one command, not to the run."""
         values = dataclasses.asdict(self)
-        return {name: value for name, value in values.items() if name not in NOT_SAVED}
+        return {name: values[name] for name in values if name not in ("name", "overwrite")}
 
 
 INF = float("inf")

@@ -35,9 +35,6 @@ from training.checkpoint import Run, starting_model
 from training.optim import clip_and_step, count_bad_steps, lr_factor, make_optimizers, set_lr
 from training.tiny import create_policy
 
-# A lesson is (share of the SFT steps, blocks of samples): the town's curriculum has two.
-Lesson = tuple[float, Iterator[list[Sample]]]
-
 # --- samples --------------------------------------------------------------------------------------
 
 
@@ -66,8 +63,8 @@ def recorded_samples(config: Config, policy: LanguageModel) -> list[Sample]:
     return [Sample(*pair) for pair in zip(prompts, responses)]
 
 
-def make_lessons(config: Config, policy: LanguageModel, stream, embed, main: bool) -> list[Lesson]:
-    """The lessons, one after the other. The first block of each is made at once.
+def make_lessons(config: Config, policy: LanguageModel, stream, embed, main: bool) -> list:
+    """[(share of the SFT steps, blocks of samples)]. The first block of each is made at once.
 
     Raises BadInput, before any training, if there is nothing to learn from.
     """
@@ -90,7 +87,7 @@ def make_lessons(config: Config, policy: LanguageModel, stream, embed, main: boo
     return begun
 
 
-def batches(lessons: list[Lesson], config: Config) -> Iterator[list[Sample]]:
+def batches(lessons: list[tuple[float, Iterator]], config: Config) -> Iterator[list[Sample]]:
     """The batch of each step, `sft_batch` samples."""
     rng, step = random.Random(config.seed), 0
     for number, (share, blocks) in enumerate(lessons, start=1):

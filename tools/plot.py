@@ -9,7 +9,7 @@ from argparse import ArgumentParser
 from pathlib import Path
 from statistics import mean
 
-from config import BadInput, check_new_file, need
+from config import BadInput, need
 
 PANELS = {
     "score": ["reward", "held_out_em"],
@@ -59,7 +59,7 @@ def main():
     parser.add_argument("metrics", nargs="+", help="metrics.jsonl files of GRPO runs")
     parser.add_argument("--out", default="curves.png", help="a new file")
     args = parser.parse_args()
-    check_new_file("--out", args.out, overwrite=False)
+    need(not Path(args.out).exists(), f"--out {args.out} exists: name another file")
     draw_curves(args.metrics, args.out)
 
 

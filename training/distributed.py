@@ -126,9 +126,7 @@ def sync_weights(rollout_model: LanguageModel, policy: LanguageModel):
         copied.copy_(weight.full_tensor() if isinstance(weight, DTensor) else weight)
 
 
-def held_out_em(
-    rollout_model: LanguageModel, tasks: list[Task], config: Config, embed, accelerator: Accelerator
-) -> float:
+def held_out_em(rollout_model, tasks: list[Task], config: Config, embed, accelerator) -> float:
     """Collective: exact match over all questions of `tasks`, at the evaluation temperature."""
     player = rollout_model.with_config(config, config.eval_temperature)
     score = score_function(config)

@@ -1,9 +1,10 @@
 """The tiny model that learns the built-in task on a CPU, made from scratch with its tokenizer."""
 
+import json
 from collections.abc import Iterable
 
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from agent import TAGS
@@ -53,24 +54,26 @@ def train_tokenizer(texts: Iterable[str], config: Config) -> PreTrainedTokenizer
     The tags of the dialect are single tokens.
     """
     control = [PAD, END, RESPONSE]
+    tags = [f"<{slash}{tag}>" for tag in TAGS[config.dialect].values() for slash in ("", "/")]
     if config.task == "town":
         tokenizer = Tokenizer(models.WordLevel(unk_token=PAD))
         split = [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()]
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence(split)
-        trainer = trainers.WordLevelTrainer(special_tokens=control)
+        trainer = trainers.WordLevelTrainer(special_tokens=control + tags)
     else:
         tokenizer = Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = decoders.ByteLevel()
         alphabet = pre_tokenizers.ByteLevel.alphabet()
         trainer = trainers.BpeTrainer(
-            vocab_size=config.vocab_size, special_tokens=control, initial_alphabet=alphabet
+            vocab_size=config.vocab_size, special_tokens=control + tags, initial_alphabet=alphabet
         )
     tokenizer.train_from_iterator(texts, trainer)
-    tags = [f"<{slash}{tag}>" for tag in TAGS[config.dialect].values() for slash in ("", "/")]
-    tokenizer.add_tokens([AddedToken(tag, normalized=False, special=False) for tag in tags])
+    state = json.loads(tokenizer.to_str())
+    for token in state["added_tokens"]:  # a tag is one token, but a response may write it
+        token["special"] = token["content"] in control
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
+        tokenizer_object=Tokenizer.from_str(json.dumps(state)),
         pad_token=PAD,
         eos_token=END,
         chat_template=TINY_TEMPLATE,
