@@ -26,6 +26,7 @@ CONFIG = dict(max_grad_norm=1e9, max_response_tokens=8)
 def rollout(policy, settings=CONFIG, tasks=3, group=4):
     """(episodes, advantages) of a random policy, with made-up rewards. The first group is dead."""
     policy.config = config = Config(**settings)
+    policy.end_ids = set(range(0, policy.known_ids, 7))  # else nearly all responses are cut
     stories = [town_task(index, "train", config) for index in range(tasks) for _ in range(group)]
     episodes = run_episodes(stories, policy, config, HashedEmbedder(), exact_match)
     rewards = [random.Random(n).choice([0.0, 0.5, 1.0]) for n in range(tasks * group)]
@@ -183,8 +184,7 @@ def test_truncated_turns_are_out_of_loss_and_denominator(tiny):
     turns = [turn.response for episode in episodes for turn in episode.turns]
     assert any(one.truncated for one in turns) and any(not one.truncated for one in turns)
     assert num_tokens == sum(len(one.ids) for one in turns if not one.truncated)
-    end = tiny.tokenizer.eos_token_id
-    assert all(sample.response_ids[-1] == end for sample in samples)
+    assert all(sample.response_ids[-1] in tiny.end_ids for sample in samples)
     dead = sum(
         len(turn.response.ids)
         for episode, advantage in zip(episodes, advantages.flatten())
