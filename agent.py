@@ -5,16 +5,16 @@ afresh each turn, and writes a response. The tags in the response are operations
 executed in order (eq. 5):
 
     <create_memory>text</create_memory>      append an entry
-    <read_memory>query</read_memory>         set the query; its top-k are shown from now on (eq. 6)
+    <read_memory>query</read_memory>         set the query; show its top-k from now on (eq. 6)
     <update_memory>2: text</update_memory>   replace the entry shown as number 2
     <delete_memory>2</delete_memory>         remove it
     <scratchpad>text</scratchpad>            rewrite the scratchpad
     <answer>text</answer>                    answer the question asked
 
-Reading: one chunk per turn. After a Read with neither Create, Update nor Delete the same chunk is
-shown again, at most `max_reads` times in a row. Answering: one question per turn. An answer is
-scored. A Read without an answer shows the question again, at most `max_reads` times. Anything else
-scores 0. So an episode ends after at most (chunks + questions) * (1 + max_reads) turns.
+Reading: one chunk per turn. A Read without a Create, Update or Delete shows the same chunk again,
+at most `max_reads` times in a row. Answering: one question per turn. An answer is scored. A Read
+without an answer shows the question again, at most `max_reads` times. Any other response scores 0.
+So an episode ends after at most (chunks + questions) * (1 + max_reads) turns.
 
 A malformed, disabled or impossible operation is a counted no-op; the ones after it still run.
 """
@@ -32,7 +32,7 @@ from config import Config
 from memory import Embedder, Entry, Memory
 from tasks import Question, Task
 
-# The one place that knows the tags. Note that update_memory means different things in the dialects.
+# The only list of the tags. update_memory is Update in one dialect and the scratchpad in the other.
 KINDS = ("create", "read", "update", "delete", "scratchpad", "answer")
 PAPER = "create_memory read_memory update_memory delete_memory scratchpad answer"
 RELEASED = "add_memory update_query modify_memory delete_memory update_memory final_answer"
@@ -69,7 +69,7 @@ class Observation:
 
 @dataclass
 class Response:
-    """What the policy wrote. A script gives the text alone; a server gives no ids."""
+    """What the policy wrote. A script sets only the text. A server gives no token ids."""
 
     text: str
     tokens: int = 0  # number of sampled tokens, the end token included; 0: written by a script
@@ -77,7 +77,7 @@ class Response:
     ids: list[int] = field(default_factory=list)  # exactly as sampled, the end token included
     logprobs: list[float] = field(default_factory=list)  # of `ids`, under the sampling distribution
     truncated: bool = False  # stopped by the token limit
-    observation: Observation | None = None  # as it was shown, if it had to be shortened
+    observation: Observation | None = None  # as it was shown, if it was shortened
 
 
 @dataclass
@@ -114,7 +114,7 @@ class Episode:
 
 
 class Policy(Protocol):
-    """A script, a server or a language model: one response for each observation."""
+    """A script, a server or a language model. It returns one response per observation."""
 
     def respond(self, observations: list[Observation]) -> list[Response]: ...
 
@@ -149,8 +149,8 @@ def render(observation: Observation) -> str:
     """The observation as text, the same for every model.
 
     Two details help a small model. The standing query comes last, next to the response, because it
-    is compared with the text. Entries are numbered "#1" and Update writes "1: ", because a model
-    that copies would otherwise continue with the old value.
+    is compared with the text. Entries are numbered "#1", but Update writes "1: ". If both were the
+    same, a model that copies would continue with the old text.
     """
     if observation.question:
         lines = [f"Question: {observation.question}"]
@@ -180,7 +180,7 @@ def parse(text: str, config: Config) -> list[Operation]:
     not nest: inside an operation only its own closing tag, or another opening tag, counts.
     """
     kinds = {tag: kind for kind, tag in TAGS[config.dialect].items()}
-    operations, kind, start = [], None, 0  # kind: the open tag; start: that of its content
+    operations, kind, start = [], None, 0  # the open tag; where its content starts
     for match in TAG.finditer(text):
         closing, found = match[1] == "/", kinds.get(match[2], "unknown")
         if closing and found == kind:
@@ -200,7 +200,7 @@ def parse(text: str, config: Config) -> list[Operation]:
 
 
 def build(kind: str, content: str, config: Config) -> Operation:
-    """The operation made of one tag and its content."""
+    """The operation of one tag and its content. Its `error` is set if it is invalid."""
     operation = Operation(kind, content)
     if kind != "answer" and not config.enabled(kind):
         operation.error = "switched off"
@@ -239,11 +239,11 @@ def run_episodes(
     seed: int = 0,
     progress: Callable[[list[Episode]], None] = lambda episodes: None,
 ) -> list[Episode]:
-    """One finished episode for each task, in order. All advance together, one turn at a time.
+    """Returns one finished episode per task, in order. All advance together, turn by turn.
 
     score(answer, question) is within [0, 1]. progress(episodes) is called after each turn.
     Each episode has its own generator, seeded by config.seed, `seed`, the task id and its index
-    among the episodes of that task. So what it draws does not depend on its neighbours.
+    among the episodes of that task. So its random draws do not depend on the other episodes.
     """
     seen, episodes = Counter(), []
     for task in tasks:
@@ -267,7 +267,7 @@ def continue_episodes(episodes, policy, config, embed, score, progress=lambda ep
 
 
 def observe(episode: Episode, config: Config) -> Observation:
-    """o_t of eq. 7. It searches anew each turn: the query stays, but the entries change."""
+    """The observation o_t of eq. 7. It searches in every turn, because the entries change."""
     task, memory = episode.task, episode.memory
     entries = []
     if episode.query and config.retrieval == "random":
@@ -289,7 +289,7 @@ def observe(episode: Episode, config: Config) -> Observation:
 
 
 def embed_operations(operations: list[Operation], embed: Embedder) -> dict:
-    """{(text, is_query): vector} of all that is stored or searched, in at most two calls."""
+    """{(text, is_query): vector (d,)} of every text to store or search, in at most two calls."""
     vectors = {}
     for is_query, kinds in ((False, ("create", "update")), (True, ("read",))):
         wanted = (one.text for one in operations if one.kind in kinds and not one.error)
@@ -300,7 +300,7 @@ def embed_operations(operations: list[Operation], embed: Embedder) -> dict:
 
 
 def take_turn(episode, observation, response, operations, vectors, config, score):
-    """Execute one response and advance the episode, by the turn rules at the top of this file."""
+    """Execute one response and advance the episode. The rules are at the top of this file."""
     observation = response.observation or observation
     answering = observation.question is not None
     answer = None
@@ -339,7 +339,7 @@ def execute(operation: Operation, episode: Episode, observation: Observation, ve
         if operation.id is None:
             operation.error = "the memory is full"
     elif not 1 <= operation.number <= len(observation.entries):
-        operation.error = "no entry of that number is shown"
+        operation.error = "no entry with that number is shown"
     else:
         operation.id = observation.entries[operation.number - 1].id
         if operation.kind == "delete":

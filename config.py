@@ -40,44 +40,44 @@ class Config:
     # --- the task -----------------------------------------------------------------------------
     task: str = setting("town", "town, hotpotqa, 2wikimultihopqa, musique, or saved (a JSONL set)")
     data: str = setting("", "data file, in the set's own format; the town needs none")
-    questions: int = setting(2, "per task; 0: 1 to 10 at random (paper); town: at most 4")
+    questions: int = setting(2, "questions per task; 0: 1 to 10 at random (paper); town: at most 4")
     length: int = setting(1, "town: story length, in multiples of the training length")
-    documents: int = setting(200, "QA: per task (paper: 200 in training; 200, 400, 800 in tests)")
-    order: int = setting(0, "QA: N > 0 shuffles each task's documents into its N-th other order")
-    chunk_tokens: int = setting(384, "QA: most tokens of text shown at once (paper: 4096)")
+    documents: int = setting(200, "QA: documents per task (paper: 200; in tests 200, 400, 800)")
+    order: int = setting(0, "QA: N > 0 shuffles the documents of each task with seed N")
+    chunk_tokens: int = setting(384, "QA: maximum tokens of a chunk (paper: 4096)")
     # --- the memory ---------------------------------------------------------------------------
     top_k: int = setting(4, "entries shown for the standing query (paper: 6)")
-    capacity: int = setting(0, "most entries in a store; 0: no limit (paper: 20 in Appendix C)")
+    capacity: int = setting(0, "maximum entries in a store; 0: no limit (paper: 20 in Appendix C)")
     embedder: str = setting("hashed", "'hashed' (bag of words), or an encoder's hub name or folder")
     retrieval: str = setting("similarity", "'similarity', or 'random' (the paper's Table 4)")
     # --- the agent ----------------------------------------------------------------------------
     disable: list[str] = setting([], "operations to switch off: create read update ...")
     dialect: str = setting("paper", "tag names: 'paper', or 'released' (the released checkpoint)")
-    max_reads: int = setting(3, "times in a row that a Read may show the same chunk or question")
-    max_prompt_tokens: int = setting(256, "longest prompt; entries are left out (paper: 16384)")
+    max_reads: int = setting(3, "how often in a row a Read may show a chunk or question again")
+    max_prompt_tokens: int = setting(256, "longest prompt; drops entries to fit (paper: 16384)")
     max_response_tokens: int = setting(20, "longest response of one turn (paper: 4096)")
     # --- the policy ---------------------------------------------------------------------------
     model: str = setting("", "causal LM: hub name or folder; empty: a new tiny Qwen3 (paper: 8B)")
     endpoint: str = setting("", "URL of an OpenAI-compatible server that serves --model")
-    in_flight: int = setting(32, "most requests to --endpoint at the same time")
+    in_flight: int = setting(32, "maximum concurrent requests to --endpoint")
     hidden_size: int = setting(128, "tiny model: width")
     layers: int = setting(3, "tiny model: depth")
     heads: int = setting(4, "tiny model: attention heads of 64 dimensions")
     vocab_size: int = setting(4096, "tiny model on QA text: size of its BPE vocabulary")
     temperature: float = setting(1.0, "sampling temperature in training (paper: 1)")
-    sample_rows: int = setting(256, "prompts decoded together")
+    sample_rows: int = setting(256, "prompts sampled in one batch")
     # --- training, both stages ----------------------------------------------------------------
     optimizer: str = setting("muon", "'muon' (for matrices; AdamW for the rest) or 'adamw'")
-    micro_batch_tokens: int = setting(2048, "most tokens, padding included, in one forward pass")
+    micro_batch_tokens: int = setting(2048, "maximum tokens, padding included, in one forward pass")
     recompute: bool = setting(False, "recompute layers in the backward pass: slower, less memory")
     max_grad_norm: float = setting(1.0, "gradients are clipped to this norm")
     save_every: int = setting(25, "steps between checkpoints, and GRPO's held-out evaluations")
     seed: int = setting(42, "seed of everything random (paper: 42)")
     # --- sft.py -------------------------------------------------------------------------------
-    sft_tasks: int = setting(10000, "tasks that are demonstrated")
-    demonstrations: str = setting("", "JSONL file of a teacher's; empty: scripted ones")
+    sft_tasks: int = setting(10000, "number of tasks to demonstrate")
+    demonstrations: str = setting("", "JSONL file from tools/teach.py; empty: scripted ones")
     keep_score: float = setting(0.5, "drop demonstrations with a lower score (paper: 0.5)")
-    easy_share: float = setting(0.4, "town: the first share of the steps has no two-hop questions")
+    easy_share: float = setting(0.4, "town: this first share of the steps has no two-hop questions")
     sft_steps: int = setting(2000, "optimiser steps (paper: 3 epochs)")
     sft_batch: int = setting(56, "turns per optimiser step")
     sft_lr: float = setting(5e-3, "peak learning rate; rises over 10 %, falls over the last 60 %")
@@ -87,10 +87,10 @@ class Config:
     group_size: int = setting(8, "episodes of each task (paper: 16)")
     updates_per_rollout: int = setting(1, "optimiser steps per rollout (paper: 1, on-policy)")
     grpo_lr: float = setting(1e-3, "peak learning rate (paper: 1e-6)")
-    grpo_decay: float = setting(0.8, "it falls to 0 over this last share of the steps (paper: 0)")
+    grpo_decay: float = setting(0.8, "rate falls to 0 over this last share of the steps (paper: 0)")
     warmup_steps: int = setting(5, "steps of linear warm-up (paper's code: 20)")
     clip_low: float = setting(0.2, "the ratio is clipped below 1 - clip_low (paper: 0.2)")
-    clip_high: float = setting(0.28, "and above 1 + clip_high (paper: 0.28)")
+    clip_high: float = setting(0.28, "the ratio is clipped above 1 + clip_high (paper: 0.28)")
     kl: float = setting(0.0, "weight of the KL penalty; 0 loads no reference model (paper: 0)")
     # --- evaluation ---------------------------------------------------------------------------
     eval_tasks: int = setting(500, "test tasks in evaluate.py; up to 100 held-out ones in training")
@@ -99,7 +99,7 @@ class Config:
     # --- the run ------------------------------------------------------------------------------
     name: str = setting("", "the run's folder is runs/NAME/sft or runs/NAME/grpo; empty: the task")
     overwrite: bool = setting(False, "replace the run, or the output file, of that name")
-    cpu: bool = setting(False, "stay on the CPU even if there is a GPU")
+    cpu: bool = setting(False, "use the CPU even if there is a GPU")
     log_with: str = setting("", "also log to this tracker: tensorboard, wandb, ...")
 
     def __post_init__(self):
@@ -145,7 +145,7 @@ class Config:
         return Path("runs") / self.name / stage
 
     def saved(self) -> dict:
-        """The settings that a run folder keeps. Two belong to one command, not to the run."""
+        """The settings that a run folder stores: all but `name` and `overwrite`."""
         values = dataclasses.asdict(self)
         return {name: values[name] for name in values if name not in ("name", "overwrite")}
 
@@ -171,8 +171,8 @@ def need(condition, message: str):
         raise BadInput(message)
 
 
-# What differs from the defaults. 'qa' is a tiny model on a QA file, 'pretrained' any chat model.
-# 'paper' has the paper's settings; details it leaves open are those of its released code.
+# Changes to the defaults. 'qa': a tiny model on a QA file. 'pretrained': any chat model.
+# 'paper': the paper's settings, or its released code's where the paper is silent.
 PRESETS = {
     "town": {},
     "qa": dict(
@@ -199,17 +199,17 @@ PRESETS = {
 def parse_args(
     description: str, extra=(), resume: bool = False, default_runs: tuple[str, ...] = ()
 ) -> tuple[Config, Namespace]:
-    """(config, the other arguments) from the command line. Bad flags exit with one sentence.
+    """Parse the command line: (config, other arguments). Bad flags exit with one sentence.
 
-    extra: the script's own flags, as (name, keywords of add_argument). resume: it is a trainer.
-    default_runs: without --preset, --from and --resume, start from the first of these stages that
-    the run called --name has. `args.start` is the run folder to start from, or None.
+    extra: the script's own flags, as (name, keywords of add_argument). resume: for the trainers.
+    default_runs: stages to try in runs/NAME, in this order, without --preset, --from, --resume and
+    --model. `args.start` is the run folder to start from, or None.
     """
     parser = HfArgumentParser(Config, description=description, allow_abbrev=False)
     parser.usage = "%(prog)s [--flag value ...]"
-    alone = resume or int(os.environ.get("WORLD_SIZE", 1)) == 1  # only the trainers use several
+    alone = resume or int(os.environ.get("WORLD_SIZE", 1)) == 1  # only trainers use several
     need(alone, f"{parser.prog} runs in one process: start it with python, not with a launcher")
-    first = ArgumentParser(add_help=False, allow_abbrev=False)  # what decides the other defaults
+    first = ArgumentParser(add_help=False, allow_abbrev=False)  # flags that set defaults
     for one in (parser, first):
         one.add_argument("--preset", choices=list(PRESETS), help="start from these settings")
         one.add_argument("--from", dest="start", help="start from this run's settings and model")
@@ -253,7 +253,7 @@ def check_resume(args: Namespace, config: Config, saved: dict):
 
 
 def load_settings(run) -> tuple[str, dict]:
-    """(stage, settings) of a run folder. Raises BadInput if `run` is none."""
+    """(stage, settings) of a run folder. Raises BadInput if `run` is not one."""
     path = Path(run) / "config.json"
     try:
         values = json.loads(path.read_text())
@@ -269,7 +269,7 @@ def load_settings(run) -> tuple[str, dict]:
 
 
 def check_new_file(flag: str, path, overwrite: bool):
-    """Raises BadInput if the file that `flag` names cannot be made, or may not be overwritten."""
+    """Raises BadInput if the file given by `flag` has no folder, or may not be overwritten."""
     path = Path(path)
     need(path.absolute().parent.is_dir(), f"{flag} {path}: there is no folder {path.parent}")
     need(overwrite or not path.exists(), f"{flag} {path} exists: replace it with --overwrite")

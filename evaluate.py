@@ -10,10 +10,10 @@
     python evaluate.py --gold ...              a script that knows the gold facts plays instead
     python evaluate.py --model Yupeng123/AtomMem-8B --dialect released --preset paper --data ...
 
-A table is saved in runs/NAME as evaluation....json, and never replaces an older one. EM and F1 are
-means over questions, in percent. "released" is what the released code calls exact match, "judge"
-the verdict of --judge. "low" and "high": the 95 % bootstrap interval of EM over tasks, because the
-questions of one task share a memory. Operations are per response, turns and all after it per task.
+The table is saved as runs/NAME/evaluation*.json and never replaces an older one. The scores are in
+percent of the questions. "released" is what the released code calls exact match, "judge" is the
+verdict of --judge. "low" and "high" are the 95 % bootstrap interval of EM over tasks, because the
+questions of a task share a memory. Operations are per response, turns to seconds per task.
 """
 
 import itertools
@@ -44,11 +44,11 @@ class Contestant:
     """A model in the table. gold: a script that knows the gold facts plays in its place."""
 
     label: str
-    model: Policy  # a LanguageModel or a ServerPolicy: it counts tokens, too
+    model: Policy  # a LanguageModel or a ServerPolicy: it also counts tokens
     gold: bool = False
 
     def policy(self, tasks: list[Task], config: Config) -> Policy:
-        """What plays `tasks` under `config`."""
+        """The policy that plays `tasks` under `config`."""
         model = self.model.with_config(config, config.eval_temperature)
         if not self.gold:
             return model
@@ -59,7 +59,7 @@ class Contestant:
 
 
 def chosen_runs(config: Config, start, runs=()) -> list[tuple[str, Path]]:
-    """[(label, run folder)] of --runs, else of `start` (--from), with runs/NAME/sft beside grpo."""
+    """[(label, run folder)]: --runs, else `start` (--from). runs/NAME/grpo comes with its sft."""
     if runs:
         return [(run, Path(run)) for run in runs]
     if config.endpoint or not start:
@@ -71,7 +71,7 @@ def chosen_runs(config: Config, start, runs=()) -> list[tuple[str, Path]]:
 
 
 def open_contestants(config: Config, runs, device, gold: bool = False) -> list[Contestant]:
-    """The models of `runs` (see chosen_runs), else the model that --model names."""
+    """The models of `runs` (see chosen_runs), else --model. Raises BadInput if there is none."""
     # On a GPU a pretrained model is in bf16: autocast would convert its weights for each token.
     dtype = torch.bfloat16 if config.model and device.type == "cuda" else torch.float32
     found = []
@@ -80,7 +80,7 @@ def open_contestants(config: Config, runs, device, gold: bool = False) -> list[C
         print(f"{label}: {checkpoint}")
         found.append((label, load_policy(checkpoint, config, dtype).to(device)))
     if config.endpoint:
-        from tools.server import ServerPolicy  # tools/ stands above this file; this option needs it
+        from tools.server import ServerPolicy  # imported here: only this option needs tools/
 
         found = [(config.model, ServerPolicy(config, config.eval_temperature))]
     elif config.model and not runs:
@@ -128,21 +128,21 @@ class RAG(Demonstrator):
 
 @dataclass(frozen=True)
 class Variant:
-    """Another way to play: operations switched off, tasks changed, a script around the policy."""
+    """A way to play: operations to switch off, a change to each task, and who plays."""
 
     disable: tuple[str, ...] = ()
     change: Callable[[Task], Task] = lambda task: task
     player: Callable[[Contestant, list[Task], Config], Policy] = Contestant.policy
 
     def settings(self, config: Config) -> Config:
-        """RAG's script has what it needs, whatever --disable and --max_reads say."""
+        """The config to play with. RAG ignores --disable, and a --max_reads of 0."""
         if self.player is RAG:
             return replace(config, disable=list(self.disable), max_reads=max(1, config.max_reads))
         return replace(config, disable=sorted({*config.disable, *self.disable}))
 
 
 STORAGE = ("create", "read", "update", "delete")
-# The rows of the paper's Table 2, and Read: without it no entry is ever shown.
+# The rows of the paper's Table 2, and one more: without Read, no entry is ever shown.
 ABLATIONS = {"all on": Variant()}
 for name in ("Update", "Delete", "Read", "scratchpad"):
     ABLATIONS[f"- {name}"] = Variant((name.lower(),))
@@ -163,7 +163,7 @@ BASELINES = {
 
 
 def play(name, contestant: Contestant, how: Variant, config: Config, tasks, embed) -> list[Episode]:
-    """One episode of each task. After the first turns, long work is announced."""
+    """One episode per task. If that takes over a minute, it prints an estimate after one turn."""
     tasks, config = [how.change(task) for task in tasks], how.settings(config)
     policy = how.player(contestant, tasks, config)
     turns = sum(len(task.questions) + len(task.chunks) for task in tasks)
@@ -207,7 +207,7 @@ def measure(label: str, episodes: list[Episode], seconds: float, judge=None) -> 
     scores = {"em": sum(right), "f1": 0.0, "released": 0.0}
     scores["low"], scores["high"] = bootstrap(right, counts) * sum(counts)
     for episode in episodes:
-        # MuSiQue has no yes-no rule. In a saved set the id tells where a question is from.
+        # MuSiQue has no yes-no rule. In a saved set, the task id tells the data set.
         yes_no = not episode.task.id.startswith("musique")
         for pair in scoring.answered(episode):
             scores["f1"] += scoring.f1(*pair, yes_no=yes_no)
@@ -227,7 +227,7 @@ def compare(before: list[Episode], after: list[Episode]) -> dict[str, float]:
     return {"lost": 100 * sum(lost) / sum(counts), "lost_low": 100 * low, "lost_high": 100 * high}
 
 
-# The columns of the table: (title and key, format). Some rows lack the judge or what was lost.
+# The columns of the table: (title and key, format). The judge and the losses are optional.
 COLUMNS = [(name, ".1f") for name in ("em", "low", "high", "f1", "released", "judge")]
 COLUMNS += [("questions", "d")] + [(name, ".3f") for name in (*OPERATIONS, "invalid", "truncated")]
 COLUMNS += [(name, ".2f") for name in ("turns", "calls", "tokens", "seconds")]
@@ -266,7 +266,7 @@ def parse_sweep(texts: list[str], config: Config) -> list[dict]:
 
 
 def row_label(label: str, config: Config, change: dict, variant: str = "") -> str:
-    """The name of a row, such as "grpo 2x top_k 6 - Update". change: what the sweep has set."""
+    """The name of a row, such as "grpo 2x top_k 6 - Update". change: the sweep's settings."""
     sizes = {"town": f"{config.length}x", "saved": Path(config.data).name}
     size = sizes.get(config.task, f"{config.documents} documents")
     swept = [f"{key} {change[key]}" for key in change if key not in ("length", "documents")]
@@ -274,7 +274,7 @@ def row_label(label: str, config: Config, change: dict, variant: str = "") -> st
 
 
 def new_file(config: Config, parts: list[str]) -> Path:
-    """Where to save the rows: a name in runs/NAME that is not taken yet."""
+    """The file to save the rows in: a new name in runs/NAME."""
     folder, stem = Path("runs") / config.name, "-".join(["evaluation", *parts]).replace("/", "_")
     folder.mkdir(parents=True, exist_ok=True)
     names = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
@@ -316,7 +316,7 @@ def main():
     check_unseen(config, [] if args.gold else runs)
     contestants = open_contestants(config, runs, device, args.gold)
     count = contestants[-1].model.count
-    for contestant, now in itertools.product(contestants, settings):  # fails before long work
+    for contestant, now in itertools.product(contestants, settings):  # bad input fails now
         load_embedder(now.embedder, device)
         contestant.policy(held_out_tasks(now, "test", 1, count), now)
     print(f"{len(settings) * len(contestants) * len(variants)} rows of {config.eval_tasks} tasks")
@@ -335,7 +335,7 @@ def main():
             out.write_text(json.dumps(rows, indent=1) + "\n")  # the next row may take hours
     print(table(rows))
     if judge and judge.unclear:
-        print(f"{judge.unclear} verdicts of the judge were neither yes nor no, and count as no")
+        print(f"{judge.unclear} verdicts of the judge were neither yes nor no. They count as no")
     print(f"saved as {out}")
 
 

@@ -16,11 +16,11 @@ Each step, as in the paper's eqs. 8 and 9:
 
    with rho_t = pi(t) / pi_old(t) and N the number of response tokens in the whole step.
 
-Ours, where the paper is silent: turns that were cut at the token limit count in the reward, but
-their tokens are left out of the loss and of N. Groups whose rewards are all equal have no gradient,
-so their samples are skipped (they stay in N), unless the KL term needs them. Left out of usual
-GRPO: division by the standard deviation, an entropy bonus, a critic. With one update per rollout
-pi_old is pi itself: rho is 1, but its gradient is not 0.
+Our choices where the paper is silent: a turn that is cut at the token limit counts in the reward,
+but its tokens are left out of the loss and of N. A group with equal rewards has no gradient. Its
+samples are skipped, unless the KL term needs them, but its tokens stay in N. Not used: division by
+the standard deviation, an entropy bonus, a critic. With one update per rollout, pi_old is pi
+itself: rho is 1, but its gradient is not 0.
 """
 
 import time
@@ -84,7 +84,7 @@ def kl_k3(logprobs: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
 def to_samples(episodes: list[Episode], advantages: list[float], keep_all: bool) -> list[Sample]:
     """One sample per turn that was not cut, with its episode's advantage.
 
-    keep_all: also those with advantage 0, which have no gradient but a KL term.
+    keep_all: keep those with advantage 0, too. Only their KL term has a gradient.
     """
     return [
         Sample(turn.response.prompt_ids, turn.response.ids, turn.response.logprobs, advantage)
@@ -94,7 +94,7 @@ def to_samples(episodes: list[Episode], advantages: list[float], keep_all: bool)
     ]
 
 
-def count(episodes: list[Episode], samples: list[Sample], advantages: torch.Tensor) -> dict:
+def rollout_sums(episodes: list[Episode], samples: list[Sample], advantages: torch.Tensor) -> dict:
     """This process's sums of a step, for all_reduce_sum. `num_tokens` is its part of N."""
     responses = [turn.response for episode in episodes for turn in episode.turns]
     return tally(episodes) | {
@@ -106,7 +106,7 @@ def count(episodes: list[Episode], samples: list[Sample], advantages: torch.Tens
 
 
 def with_old_logprobs(model, samples, accelerator: Accelerator, config: Config) -> list[Sample]:
-    """Collective: the samples with pi_old, for several updates on one rollout."""
+    """Collective: copies of the samples with old_logprobs, for several updates per rollout."""
     scored = []
     with torch.no_grad():
         for batch in dist.shared_batches(model, samples, config.micro_batch_tokens, accelerator):
@@ -128,8 +128,8 @@ def grpo_step(
 ) -> dict[str, float]:
     """Collective: one optimiser step on this process's samples. Returns metrics of all processes.
 
-    num_tokens: N of all processes. The metrics are means over the tokens of `samples`, which have
-    a gradient; the loss is over all N.
+    num_tokens: N, over all processes. The loss is divided by N. The other metrics are means over
+    the tokens of `samples`, which are the tokens that have a gradient.
     """
     sums = dict.fromkeys(("loss", "entropy", "clipped", "kl", "ratio", "scored"), 0.0)
     differences = [torch.zeros(1, device=accelerator.device)]
@@ -150,7 +150,7 @@ def grpo_step(
             kl = kl_k3(logprobs, target)
             losses = losses + config.kl * kl
             sums["kl"] += kl.sum().item()
-        loss = losses.sum() / num_tokens  # one denominator: micro-batches and ranks do not matter
+        loss = losses.sum() / num_tokens  # the same for any split into micro-batches and ranks
         (loss * accelerator.num_processes).backward()  # the processes' gradients are averaged
         with torch.no_grad():
             ratio = (logprobs - old).exp()
@@ -169,7 +169,7 @@ def grpo_step(
     return means | {"loss": loss, "logprob_diff": largest, "grad_norm": grad_norm}
 
 
-def update(model, reference, samples, counts: dict, optimizers, accelerator, config) -> dict:
+def update_policy(model, reference, samples, counts: dict, optimizers, accelerator, config) -> dict:
     """Collective: the optimiser steps on one rollout, eq. 9. Returns their metrics."""
     updates = config.updates_per_rollout if counts["samples"] else 0  # else every group is dead
     if updates > 1:
@@ -181,12 +181,12 @@ def update(model, reference, samples, counts: dict, optimizers, accelerator, con
     ]
     if not steps:
         return {}
-    # Sampler and trainer have the same weights in the first update alone.
+    # Sampler and trainer have the same weights only in the first update.
     return steps[-1] | {name: steps[0][name] for name in ("ratio", "logprob_diff")}
 
 
 def train(run: Run, config: Config, args: Namespace):
-    """The steps that remain, from the run's newest checkpoint or from the model to start with."""
+    """Run the remaining steps, from the run's newest checkpoint or from the starting model."""
     accelerator, embed = run.accelerator, load_embedder(config.embedder, run.accelerator.device)
     start = starting_model(run, config, args.start)
     need(start, f"there is no {config.folder('sft')} to start from: run sft.py, or give --from RUN")
@@ -214,11 +214,11 @@ def train(run: Run, config: Config, args: Namespace):
         rewards = torch.tensor([episode.reward for episode in episodes])
         advantages = group_advantages(rewards.view(-1, config.group_size))  # (tasks, group), eq. 8
         samples = to_samples(episodes, advantages.flatten().tolist(), keep_all=config.kl > 0)
-        counts = dist.all_reduce_sum(count(episodes, samples, advantages), accelerator)
+        counts = dist.all_reduce_sum(rollout_sums(episodes, samples, advantages), accelerator)
         factor = lr_factor(step, config.grpo_steps, config.warmup_steps, config.grpo_decay)
         set_lr(optimizers, factor * config.grpo_lr)
         metrics = summarize(counts)
-        metrics |= update(model, reference, samples, counts, optimizers, accelerator, config)
+        metrics |= update_policy(model, reference, samples, counts, optimizers, accelerator, config)
         dist.sync_weights(rollout_model, policy)
         metrics["dead_groups"] = counts["dead_groups"] / config.tasks_per_step
         metrics["bad_steps"] = count_bad_steps(run.metrics, metrics)

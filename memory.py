@@ -41,7 +41,7 @@ class Memory:
         self.texts: dict[int, str] = {}  # id -> text, oldest first
         self.next_id = 0
         self._row: dict[int, int] = {}  # id -> row of the two arrays below
-        self._ids = np.zeros(0, dtype=np.int64)  # (rows,), rows >= n: spare rows at the end
+        self._ids = np.zeros(0, dtype=np.int64)  # (rows,); rows >= n, spare ones at the end
         self._vectors = np.zeros((0, 0), dtype=np.float32)  # (rows, d)
 
     def __len__(self) -> int:
@@ -84,18 +84,18 @@ class Memory:
     def search(self, vector: np.ndarray, k: int) -> list[Entry]:
         """The k entries most similar to `vector`, best first: TopK_i sim(q, m_i), eq. 6.
 
-        The similarity is the cosine: all vectors have unit length. Two refinements of eq. 6. An
-        entry whose cosine is not positive is not retrieved. Among equally similar entries the older
-        ones are chosen, but they are shown in the order of their texts: showing them by age would
-        tell which of two contradicting entries is newer, which no vector store can know.
+        The similarity is the cosine, because all vectors have unit length. We add two rules to
+        eq. 6. Entries with a cosine of 0 or less are not retrieved. If entries are equally similar,
+        the older ones are retrieved but sorted by their text. Sorted by age, the list would tell
+        which of two contradicting entries is newer, and a vector store does not know that.
         """
         n = len(self)
         if n == 0:
             return []
-        rough = self._vectors[:n] @ vector  # (n,), fast; the rounding depends on the row
+        rough = self._vectors[:n] @ vector  # (n,), fast, but rounded differently in each row
         kth_best = np.partition(rough, -k)[-k] if n > k else -1.0
         rows = np.flatnonzero(rough >= kth_best - 1e-4)
-        # The few candidates again, each row summed alone and in float64: equal texts tie exactly.
+        # Recompute the few candidates row by row in float64, so that equal texts tie exactly.
         exact = (self._vectors[rows].astype(np.float64) * vector).sum(1).round(9)
         ids = self._ids[rows]
         best = [i for i in np.lexsort((ids, -exact)) if exact[i] > 1e-6][:k]
@@ -103,12 +103,12 @@ class Memory:
         return [Entry(id, text) for _, text, id in shown]
 
     def sample(self, rng, k: int) -> list[Entry]:
-        """k entries drawn by `rng` (random.Random) instead of retrieved: the paper's Table 4."""
+        """At most k random entries, drawn with `rng` (random.Random): the paper's Table 4."""
         ids = rng.sample(list(self.texts), min(k, len(self)))
         return [Entry(id, self.texts[id]) for id in ids]
 
     def state(self) -> dict:
-        """Everything, ready for a JSON file. float32 survives the decimal notation exactly."""
+        """The whole memory as a dict for JSON. float32 values survive the round trip exactly."""
         rows = [
             (id, text, self._vectors[self._row[id]].tolist()) for id, text in self.texts.items()
         ]
@@ -117,7 +117,7 @@ class Memory:
 
     @classmethod
     def from_state(cls, state: dict) -> "Memory":
-        """The inverse of state(). Raises KeyError, TypeError or ValueError for something else."""
+        """The inverse of state(). Raises KeyError, TypeError or ValueError if it is malformed."""
         memory = cls(state["capacity"])
         for id, text, vector in state["entries"]:
             memory.next_id = id
@@ -145,8 +145,8 @@ class HashedEmbedder:
 class TransformerEmbedder:
     """Any encoder that transformers loads, by hub name or folder.
 
-    A causal encoder (Qwen3-Embedding) is read at its last token, and queries get the instruction it
-    was trained with. Other encoders (BERT and its kind) are averaged over their tokens.
+    A causal encoder (Qwen3-Embedding) is pooled at its last token, and its queries get the
+    instruction that it was trained with. Other encoders (such as BERT) are mean-pooled.
     """
 
     INSTRUCTION = (
@@ -190,7 +190,7 @@ class TransformerEmbedder:
 
 @functools.cache
 def load_embedder(name: str, device="cpu") -> Embedder:
-    """The embedder that --embedder names, made once. Raises BadInput if it cannot be loaded."""
+    """The embedder that --embedder names, cached. Raises BadInput if it cannot be loaded."""
     if name == "hashed":
         return HashedEmbedder()
     try:

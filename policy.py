@@ -30,20 +30,20 @@ class Sample:
 
     prompt_ids: list[int]
     response_ids: list[int]
-    logprobs: list[float] = field(default_factory=list)  # as the sampler saw them
+    logprobs: list[float] = field(default_factory=list)  # as the sampler computed them
     advantage: float = 0.0
-    old_logprobs: torch.Tensor | None = None  # (n,), from before the first of several updates
+    old_logprobs: torch.Tensor | None = None  # (n,), before the first of several updates
 
     @property
     def key(self) -> tuple:
-        """Equal for samples that the model reads alike."""
+        """Equal for samples with the same tokens."""
         return tuple(self.prompt_ids), tuple(self.response_ids)
 
 
 class LanguageModel(torch.nn.Module):
     """A causal LM and its tokenizer. `respond` samples; calling the module scores tokens.
 
-    temperature: that of sampling and scoring (0: greedy). Default: config.temperature.
+    temperature: for sampling and scoring (0: greedy). Default: config.temperature.
     """
 
     def __init__(self, model, tokenizer, config: Config, temperature: float | None = None):
@@ -73,7 +73,7 @@ class LanguageModel(torch.nn.Module):
     # --- prompts ---
 
     def encode(self, observations: list[Observation]) -> list[tuple[Observation, list[int]]]:
-        """Each observation, shortened if it has to be, and the token ids of its prompt."""
+        """[(observation, prompt ids)]. Observations that are too long are shortened by `fit`."""
         limit, encoded = self.config.max_prompt_tokens, []
         prompts = self.encode_prompts([render(observation) for observation in observations])
         for observation, ids in zip(observations, prompts):
@@ -84,14 +84,14 @@ class LanguageModel(torch.nn.Module):
         return encoded
 
     def shorten(self, observation: Observation) -> Observation:
-        """The observation as this model is shown it."""
+        """The observation as this model sees it, shortened if it is too long."""
         return self.encode([observation])[0][0]
 
     def prompt_length(self, observation: Observation) -> int:
         return len(self.encode_prompts([render(observation)])[0])
 
     def encode_prompts(self, texts: list[str]) -> list[list[int]]:
-        """The ids of the chat template around each text. Control tokens in a text stay text."""
+        """The ids of each text inside the chat template. Raises BadInput if that refuses it."""
         system = {"role": "system", "content": instruction(self.config)}
         try:
             frame = self.tokenizer.apply_chat_template(
@@ -107,14 +107,14 @@ class LanguageModel(torch.nn.Module):
         return [before + ids + after for ids in self.text_ids(texts)]
 
     def text_ids(self, texts: list[str]) -> list[list[int]]:
-        """The ids of each text, in which the name of a control token is plain text."""
+        """The ids of each text. A control token that a text names is encoded as plain text."""
         if not texts:  # a tokenizer refuses an empty list
             return []
         tokens = self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True)
         return tokens["input_ids"]
 
     def encode_responses(self, texts: list[str]) -> list[list[int]]:
-        """The ids of each response, with the end token that tells the policy to stop."""
+        """The ids of each response, followed by the end token."""
         return [ids + [self.tokenizer.eos_token_id] for ids in self.text_ids(texts)]
 
     def count(self, texts: list[str]) -> list[int]:
@@ -125,7 +125,7 @@ class LanguageModel(torch.nn.Module):
 
     @torch.no_grad()
     def respond(self, observations: list[Observation]) -> list[Response]:
-        """One sampled Response for each observation, `sample_rows` at a time, longest first."""
+        """One sampled Response per observation. Batches of `sample_rows`, longest prompts first."""
         self.model.eval()
         encoded = self.encode(observations)
         order = sorted(range(len(encoded)), key=lambda row: -len(encoded[row][1]))
@@ -144,7 +144,7 @@ class LanguageModel(torch.nn.Module):
         return [responses[row] for row in range(len(observations))]
 
     def sample(self, prompts: list[list[int]], rngs: list[random.Random]):
-        """[(ids, log-probs)] of one response to each prompt, drawn with that row's generator.
+        """[(ids, log-probs)]: one response per prompt, drawn with that prompt's generator.
 
         Equal prompts are read once and then fanned out. A row that has ended leaves the batch.
         """
@@ -158,7 +158,7 @@ class LanguageModel(torch.nn.Module):
         cache.batch_select_indices(which)
         mask = mask[which]  # (B, P)
         ends = torch.tensor(sorted(self.end_ids), device=self.device)
-        running = list(range(len(prompts)))  # the prompt that each row of the batch answers
+        running = list(range(len(prompts)))  # the index of each row's prompt
         responses = [([], []) for _ in prompts]
         while True:
             tokens, logprobs = self.draw(logits, [rngs[row] for row in running])  # (B,) each
@@ -190,7 +190,7 @@ class LanguageModel(torch.nn.Module):
             ).logits[:, -1]
 
     def draw(self, logits, rngs):
-        """One token (B,) per row and its log-prob (B,). Raises SystemExit if one is not finite."""
+        """Draw a token per row: ids (B,), log-probs (B,). SystemExit if one is not finite."""
         logits = self.scaled(logits)  # (B, V)
         total = logits.logsumexp(-1, keepdim=True)  # (B, 1)
         if not total.isfinite().all():
@@ -200,7 +200,7 @@ class LanguageModel(torch.nn.Module):
             )
         if self.temperature == 0:
             token = logits.argmax(-1, keepdim=True)  # (B, 1)
-        else:  # invert the cumulative distribution, in float64 so that rare tokens have their share
+        else:  # invert the cumulative distribution, in float64 so that rare tokens are not lost
             probs = (logits - total).exp()
             probs = probs.cpu() if probs.device.type == "mps" else probs  # MPS has no float64
             cumulative = probs.cumsum(-1, dtype=torch.float64)
@@ -210,25 +210,25 @@ class LanguageModel(torch.nn.Module):
         return token[:, 0], (logits.gather(1, token) - total)[:, 0]
 
     def scaled(self, logits):
-        """The fp32 logits (..., known ids) of the sampled distribution: temperature, known ids."""
+        """fp32 logits (..., known ids), divided by the temperature, of ids the tokenizer knows."""
         logits = logits[..., : self.known_ids]
         return logits.to(torch.promote_types(logits.dtype, torch.float32)) / (self.temperature or 1)
 
     # --- scoring ---
 
     def forward(self, samples: list[Sample]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probs (N,) of the samples' response tokens, and the entropies (N,) of their
-        distributions. The tokens come sample after sample. Equal rows are read once."""
+        """Log-probs (N,) of the response tokens, and entropies (N,) of the distributions at their
+        positions, both in the order of `samples`. Equal rows go through the model once."""
         unique, which = unique_rows(sample.key for sample in samples)
         longest = max(len(prompt) + len(response) for prompt, response in unique)  # T
         rows = [[*prompt, *response] for prompt, response in unique]
         ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=self.device)
-        # Real tokens never see the padding on their right, so no attention mask is needed.
+        # Attention is causal: tokens never see the padding on their right, so no mask is needed.
         self.set_recompute()
         with self.autocast():
             decoder = self.model.get_decoder()
             hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state  # (U, T, D)
-        # The token at position t is predicted at t - 1. Lengths decide, never token values.
+        # The token at position t is predicted at t - 1. Only lengths matter, not token values.
         spans = [slice(len(p) - 1, len(p) + len(r) - 1) for p, r in unique]
         hidden = torch.cat([row[span] for row, span in zip(hidden, spans)])  # (n, D)
         targets = torch.cat([row[1:][span] for row, span in zip(ids, spans)])  # (n,)
@@ -238,7 +238,7 @@ class LanguageModel(torch.nn.Module):
         return torch.cat([logprobs[i] for i in which]), torch.cat([entropy[i] for i in which])
 
     def score_tokens(self, hidden, targets):
-        """Log-probs and entropies (n,), in slices: the logits (n, V) are never all in memory."""
+        """Log-probs (n,), entropies (n,), in slices: the logits (n, V) are never all in memory."""
         size = max(1, LOGIT_SLICE // self.known_ids)
         parts = zip(hidden.split(size), targets.split(size))
         if len(hidden) > size:
@@ -258,8 +258,8 @@ class LanguageModel(torch.nn.Module):
         return logits.gather(1, targets[:, None])[:, 0] - total, entropy
 
     def set_recompute(self):
-        """Layers recompute themselves only if `training` is set on them. Setting it on them alone,
-        and only where there is a gradient, leaves dropout off."""
+        """Turn recomputation on if gradients are enabled. transformers recomputes a layer only if
+        its `training` is set. No other module's is set, so dropout stays off."""
         for layer in self.model.modules() if self.config.recompute else ():
             if isinstance(layer, GradientCheckpointingLayer):
                 layer.training = torch.is_grad_enabled()
@@ -267,7 +267,7 @@ class LanguageModel(torch.nn.Module):
     # --- files ---
 
     def save(self, folder, weights: dict | None = None):
-        """Write a folder for from_pretrained. weights: a state dict, if not the model's own."""
+        """Write a folder for from_pretrained. weights: a state dict to save instead of its own."""
         self.model.save_pretrained(folder, state_dict=weights)
         self.tokenizer.save_pretrained(folder)
 
@@ -289,7 +289,7 @@ def check_model(model, tokenizer, config: Config):
 
 
 def unique_rows(rows: Iterable[Hashable]) -> tuple[list, list[int]]:
-    """(the distinct rows in order of appearance, the index into them of each row).
+    """(the distinct rows in order of appearance, each row's index among them).
 
     >>> unique_rows("abac")
     (['a', 'b', 'c'], [0, 1, 0, 2])
@@ -301,10 +301,10 @@ def unique_rows(rows: Iterable[Hashable]) -> tuple[list, list[int]]:
 
 
 def fit(observation: Observation, num_tokens: Callable, limit: int) -> Observation:
-    """The observation, shortened until num_tokens(observation) is at most `limit`.
+    """A copy of the observation, shortened until num_tokens(copy) is at most `limit`.
 
-    The text beside a question loses its end. Then entries are dropped, the least similar first.
-    Then the scratchpad and the query are cut. Raises BadInput if the task alone is too long.
+    First it cuts the end of the text beside a question. Then it drops entries, the least similar
+    first. Then it cuts scratchpad and query. Raises BadInput if the task alone is too long.
     """
     while (tokens := num_tokens(observation)) > limit:
         if observation.question and observation.chunk:
@@ -318,14 +318,14 @@ def fit(observation: Observation, num_tokens: Callable, limit: int) -> Observati
             observation = replace(observation, **{name: text[: len(text) // 2]})
         else:
             raise BadInput(
-                f"a prompt of {tokens} tokens, of text and questions alone, is longer than "
+                f"the text and questions alone make a prompt of {tokens} tokens, longer than "
                 f"--max_prompt_tokens {limit}: raise it, or lower --chunk_tokens or --questions"
             )
     return observation
 
 
 def load_policy(name, config: Config, dtype=torch.float32) -> LanguageModel:
-    """The policy in a folder, or a pretrained model by hub name. Training needs fp32 weights."""
+    """Load a policy by folder or hub name. Training needs fp32. Raises BadInput if it cannot."""
     try:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(name)

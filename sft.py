@@ -3,14 +3,14 @@
     python sft.py                                    the town, a tiny model, on a CPU: runs/town/sft
     python sft.py --preset qa --task hotpotqa --data hotpot_train.json
     python sft.py --preset pretrained --model Qwen/Qwen3-0.6B --task hotpotqa --data FILE
-    python sft.py --demonstrations taught.jsonl ...  a teacher's, written by python -m tools.teach
+    python sft.py --demonstrations taught.jsonl ...  a teacher's episodes, made by tools/teach.py
 
-1. Demonstrators play training tasks through the agent loop, in blocks, when rows are needed. In the
-   town scripts follow a mixture of workflows, one per episode, and most of them are poor: SFT
-   learns the mixture, and GRPO has to find out which one pays.
+1. Demonstrators play training tasks through the agent loop, one block of tasks at a time. In the
+   town, scripts play a mixture of workflows, one per episode, most of them poor. SFT learns the
+   mixture, and GRPO has to find the workflow that scores best.
 2. Episodes with a score below `keep_score` are dropped, as the paper drops its teacher's.
-3. Every turn of the others is one sample (prompt, response). The loss is the cross-entropy of the
-   response tokens:
+3. Every turn of a kept episode is one sample (prompt, response). The loss is the cross-entropy of
+   the response tokens:
 
        L = - sum_samples sum_t log pi(response_t | prompt, response_<t) / (response tokens)
 """
@@ -39,7 +39,7 @@ from training.tiny import create_policy
 
 
 def demonstrated_samples(blocks, config: Config, policy: LanguageModel, embed, main: bool):
-    """Yields the samples of each block of tasks: the turns of demonstrations that score enough."""
+    """Yields a list of samples per block of tasks: the turns of episodes that score enough."""
     for number, tasks in enumerate(blocks):
         episodes = demonstrate(tasks, config, embed, policy)
         kept = [episode for episode in episodes if episode.reward >= config.keep_score]
@@ -63,15 +63,15 @@ def recorded_samples(config: Config, policy: LanguageModel) -> list[Sample]:
     return [Sample(*pair) for pair in zip(prompts, responses)]
 
 
-def make_lessons(config: Config, policy: LanguageModel, stream, embed, main: bool) -> list:
+def make_curriculum(config: Config, policy: LanguageModel, stream, embed, main: bool) -> list:
     """[(share of the SFT steps, blocks of samples)]. The first block of each is made at once.
 
-    Raises BadInput, before any training, if there is nothing to learn from.
+    Raises BadInput if no demonstration scores enough.
     """
     if config.demonstrations:
-        lessons = [(1.0, iter([recorded_samples(config, policy)]))]
+        parts = [(1.0, iter([recorded_samples(config, policy)]))]
     else:
-        lessons = [
+        parts = [
             (share, demonstrated_samples(blocks, config, policy, embed, main))
             for share, blocks in curriculum(config, stream)
         ]
@@ -80,18 +80,18 @@ def make_lessons(config: Config, policy: LanguageModel, stream, embed, main: boo
         'without "support" cannot be demonstrated by a script: use a teacher (tools/teach.py)'
     )
     begun = []
-    for share, blocks in lessons:
+    for share, blocks in parts:
         first = next(blocks, None)
         need(first, nothing)
         begun.append((share, itertools.chain([first], blocks)))
     return begun
 
 
-def batches(lessons: list[tuple[float, Iterator]], config: Config) -> Iterator[list[Sample]]:
-    """The batch of each step, `sft_batch` samples."""
+def batches(parts: list[tuple[float, Iterator]], config: Config) -> Iterator[list[Sample]]:
+    """Yields the batch of each step: `sft_batch` samples."""
     rng, step = random.Random(config.seed), 0
-    for number, (share, blocks) in enumerate(lessons, start=1):
-        last = number == len(lessons)
+    for number, (share, blocks) in enumerate(parts, start=1):
+        last = number == len(parts)
         until = config.sft_steps if last else step + round(share * config.sft_steps)
         samples = passes(blocks, rng)
         for _ in range(step, until):
@@ -100,8 +100,8 @@ def batches(lessons: list[tuple[float, Iterator]], config: Config) -> Iterator[l
 
 
 def passes(blocks, rng: random.Random) -> Iterator[Sample]:
-    """Samples without end. The first pass shuffles within blocks, as they are demonstrated; the
-    later ones shuffle all samples together."""
+    """Yields samples without end. The first pass shuffles each block on its own, so that blocks are
+    made when they are needed. Later passes shuffle all samples together."""
     samples = []
     for block in blocks:
         samples += block
@@ -118,7 +118,7 @@ def sft_step(
 ) -> dict[str, float]:
     """One optimiser step on this process's samples. Returns metrics over all processes.
 
-    num_tokens: the response tokens of all processes, the one denominator of the step.
+    num_tokens: the response tokens of all processes. The loss is divided by it.
     """
     sums = {"loss": 0.0, "token_accuracy": 0.0}
     for batch in dist.shared_batches(model, samples, config.micro_batch_tokens, accelerator):
@@ -132,7 +132,7 @@ def sft_step(
 
 
 def train(run: Run, config: Config, args: Namespace):
-    """The steps that remain, from the run's newest checkpoint or from the base model."""
+    """Run the remaining steps, from the run's newest checkpoint or from the base model."""
     accelerator = run.accelerator
     start = starting_model(run, config, args.start)
     policy = load_policy(start, config) if start else create_policy(config, corpus(config))
@@ -141,11 +141,11 @@ def train(run: Run, config: Config, args: Namespace):
     held_out = held_out_tasks(config, "dev", min(100, config.eval_tasks), policy.count)
     # Raises BadInput now, not in the last step, if a task does not fit a prompt.
     policy.encode([observe(Episode(task, Memory()), config) for task in held_out])
-    lessons = make_lessons(config, policy, stream, embed, run.main)
+    parts = make_curriculum(config, policy, stream, embed, run.main)
     model = dist.distribute(policy, accelerator)
     optimizers = make_optimizers(policy, config.optimizer)
     run.begin(policy, optimizers)
-    remaining = itertools.islice(batches(lessons, config), run.step, None)
+    remaining = itertools.islice(batches(parts, config), run.step, None)
     for step, batch in zip(run.steps(config.sft_steps), remaining):
         started = time.perf_counter()
         factor = lr_factor(step, config.sft_steps, warmup=config.sft_steps // 10, decay=0.6)

@@ -1,4 +1,4 @@
-"""A new reward: the share of right answers, less 0.02 for each entry in the store at the end.
+"""A new reward: the share of right answers, minus 0.02 for each entry in the store at the end.
 
 python -m forks.frugal --from runs/town/sft --name frugal
 """
@@ -6,12 +6,12 @@ python -m forks.frugal --from runs/town/sft --name frugal
 import grpo
 from agent import Episode
 
-PRICE = 0.02  # of one entry
+PRICE = 0.02  # per entry
 right_answers = Episode.reward.fget
 
 
 def reward(episode: Episode) -> float:
-    """Within [0, 1], as every reward."""
+    """Within [0, 1], like every reward."""
     return max(0.0, right_answers(episode) - PRICE * len(episode.memory))
 
 

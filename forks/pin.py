@@ -5,8 +5,8 @@ scratchpad, where it is always shown.
     python -m forks.pin grpo --name pin
     python -m forks.pin evaluate --name pin
 
-A pretrained model reads of it in its instruction. The tiny model learns from demonstrations alone,
-so it would also need a demonstrator that pins: see tasks/demonstrators.py.
+A pretrained model is told about it in its instruction. The tiny model learns only from
+demonstrations, so it also needs a demonstrator that pins: see tasks/demonstrators.py.
 """
 
 import sys
@@ -18,7 +18,7 @@ import sft
 
 agent.TAGS["paper"]["pin"] = "pin_memory"
 agent.USAGE["pin"] = "<{tag}>{number}</{tag}> copies entry #2 into your scratchpad."
-agent.NUMBERED["pin"] = agent.NUMBERED["delete"]  # written as Delete is: a number alone
+agent.NUMBERED["pin"] = agent.NUMBERED["delete"]  # like Delete: only a number
 execute = agent.execute
 
 
@@ -30,7 +30,7 @@ def execute_with_pin(operation, episode, observation, vectors):
         entry = observation.entries[operation.number - 1]
         episode.memory.scratchpad = f"{episode.memory.scratchpad} {entry.text}".strip()
     else:
-        operation.error = "no entry of that number is shown"
+        operation.error = "no entry with that number is shown"
 
 
 agent.execute = execute_with_pin

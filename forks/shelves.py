@@ -5,8 +5,8 @@
     python grpo.py --name shelves
     python evaluate.py --name shelves --data shelves-test.jsonl
 
-The `support` of a question is a (title, sentence) that holds the answer. Only the scripted
-demonstrator needs it. A teacher's demonstrations (tools/teach.py) do without.
+The `support` of a question lists (title, sentence) pairs that hold the answer. Only the scripted
+demonstrator needs it. A teacher (tools/teach.py) does not.
 """
 
 import json

@@ -1,6 +1,6 @@
-"""What is asked: the built-in town (town.py), and long-context QA from data files (qa.py).
+"""The tasks: the built-in town (town.py) and long-context QA from data files (qa.py).
 
-Both are streams: functions from an index to a task. The same settings give the same tasks.
+Each is a stream: a function from an index to a task. The same settings give the same tasks.
 """
 
 from collections.abc import Callable, Iterator

@@ -17,7 +17,7 @@ from tasks.qa import QATasks
 
 
 def save_tasks(tasks: Iterable[Task], path):
-    """Write tasks as a saved set. Their chunks are not saved: reading makes them again."""
+    """Write tasks as a saved set. Chunks are not saved: they are cut when the set is read."""
     with open(f"{path}.part", "w", encoding="utf-8") as file:
         for task in tasks:
             questions = [

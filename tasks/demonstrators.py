@@ -1,8 +1,8 @@
 """Demonstrators: the policies that SFT learns from, and the file of a teacher's demonstrations.
 
 In the town, scripts play a mixture of workflows, one per episode, most of them poor. SFT learns the
-mixture, and GRPO finds which workflow pays. On a QA file, a script uses the gold facts. Any other
-model can be a teacher: tools/teach.py writes its demonstrations to a file, an episode per line:
+mixture, and GRPO finds the best workflow. On a QA file, a script uses the gold facts. Any other
+model can be a teacher: tools/teach.py writes its demonstrations to a file, one episode per line:
 
     {"task": "hotpotqa-train-0", "score": 1.0, "turns": [{"prompt": "...", "response": "<..."}]}
 """
@@ -28,8 +28,8 @@ WORKFLOWS = {
     "append": 0.2,  # never Reads while reading: old and new facts are stored side by side
     "lazy": 0.4,  # like append, but stores nothing about people whom no question names
 }  # and "notes", if there is no store: all is kept in the scratchpad, as MemAgent does
-BLOCK = 200  # tasks that are demonstrated together, whenever the trainer needs more rows
-# Settings that all episodes of a file share. The training on them must also have those of SAME.
+BLOCK = 200  # tasks that are demonstrated together, each time the trainer needs more samples
+# RECORDED: settings that all episodes of a file share. SAME: those that training must share, too.
 SAME = ("task", "disable", "dialect", "chunk_tokens", "top_k")
 RECORDED = SAME + tuple(
     "data questions length documents order capacity embedder retrieval max_reads seed "
@@ -73,7 +73,7 @@ def facts_in(text: str) -> list[tuple[str, str, str | None]]:
 
 
 def query_for(kind: str, name: str) -> str:
-    """The words that all sentences of one kind about one person begin with: 'Anna lives'."""
+    """The first words of all sentences of one kind about one person, such as 'Anna lives'."""
     return " ".join(sentence(kind, name, "").split()[:2])
 
 
@@ -107,7 +107,7 @@ class TownDemonstrator(Demonstrator):
         return "".join(operations)
 
     def store(self, shown: Observation, kind: str, name: str, value: str | None) -> str:
-        """The operations that bring one fact into the store."""
+        """The text of the operations that bring one fact into the store."""
         create = self.write("create", sentence(kind, name, value))
         if self.workflow != "full":
             return create
@@ -166,8 +166,8 @@ class GoldDemonstrator(Demonstrator):
     """Plays QA tasks with the help of the file's gold facts, so that no teacher is needed.
 
     Reading: it Creates an entry for each supporting sentence in the chunk or, without Create, adds
-    it to the scratchpad. Answering: it Reads with the question's words, then also with what these
-    found. It answers if all supporting sentences are shown. `policy` shortens and counts tokens.
+    it to the scratchpad. Answering: it Reads with the question, then with the question and the
+    facts found. It answers if all supporting sentences are shown. `policy` shortens prompts.
     """
 
     def __init__(self, tasks: list[Task], config: Config, policy):
@@ -213,10 +213,10 @@ class GoldDemonstrator(Demonstrator):
 
 # --- a teacher's file -----------------------------------------------------------------------------
 def read_jsonl_log(path: Path, mark: str) -> list[dict]:
-    """The rows of a JSONL file that is written line by line. The first one has the key `mark`.
+    """The rows of a JSONL file that is written line by line. The first row has the key `mark`.
 
-    A stopped process may leave half of a last line, which is cut off the file. Raises BadInput, and
-    changes nothing, if the file is something else.
+    A stopped process may leave half a line at the end. It is cut off the file. Raises BadInput, and
+    changes nothing, if it is another kind of file.
     """
     *lines, rest = path.read_bytes().split(b"\n")
     try:
@@ -260,7 +260,7 @@ def recorded(config: Config) -> list[tuple[str, str]]:
 
 # --- scripted demonstrations ----------------------------------------------------------------------
 def workflow_shares(config: Config) -> dict[str, float]:
-    """{workflow: share}. If the full one is impossible, the best of the others plays them all."""
+    """{workflow: share}. If "full" is impossible, the best of the others plays all episodes."""
     if not config.enabled("create"):
         return {"notes": 1.0}
     full = config.enabled("read") and (config.enabled("update") or config.enabled("delete"))
@@ -268,7 +268,7 @@ def workflow_shares(config: Config) -> dict[str, float]:
 
 
 def demonstrate(tasks: list[Task], config: Config, embed, policy) -> list[Episode]:
-    """Demonstrated episodes of `tasks`, not filtered. policy: as in GoldDemonstrator."""
+    """The demonstrations of `tasks`, unfiltered, in any order. policy: as in GoldDemonstrator."""
     score = score_function(config)
     if config.task != "town":
         script = GoldDemonstrator(tasks, config, policy)
@@ -286,8 +286,8 @@ def demonstrate(tasks: list[Task], config: Config, embed, policy) -> list[Episod
 def curriculum(config: Config, stream: Callable[[int], Task]) -> list[tuple[float, Iterator]]:
     """[(share of the SFT steps, blocks of tasks)]. In the town, easy stories come first.
 
-    These have no two-hop questions, so every sentence about somebody else is irrelevant. That
-    teaches the comparison of names, which all else needs, several times faster.
+    Easy stories have no two-hop questions, so every sentence about somebody else is irrelevant.
+    From them the model learns to compare names, which it always needs, several times faster.
     """
 
     def blocks(make, first, last):

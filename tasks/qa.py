@@ -1,6 +1,6 @@
 """Long-context QA: tasks built from HotpotQA, 2WikiMultihopQA and MuSiQue, and saved sets of tasks.
 
-A line of a saved set is one task, so questions of your own are asked in the same way:
+Each line of a saved set is one task. Your own questions work in the same format:
 
     {"id": "a", "questions": [{"question": "Who?", "answers": ["Ben", "an alias"]}],
      "documents": ["a text", "another one"]}
@@ -93,7 +93,7 @@ SHAPES = "HotpotQA and 2Wiki files hold a list of rows, MuSiQue files and saved 
 def read_rows(path: str, task: str) -> list[Example] | list[Task]:
     """All rows of a data file, converted. Each file is read once per process.
 
-    It keeps the converted rows alone, with equal texts stored once. While it reads a list, it needs
+    It keeps only the converted rows, and stores equal texts once. To read a JSON list, it needs
     four to six times the file's size. Raises BadInput, with the row's number, for a bad file.
     """
     need(os.path.isfile(path), f"{path}: no such file")
@@ -126,10 +126,10 @@ def texts(config: Config) -> Iterator[str]:
 
 # --- tasks from rows ------------------------------------------------------------------------------
 def split_numbers(total: int, split: str, least: int) -> list[int]:
-    """The row numbers of a split, of a file with `total` rows. The test split is the whole file.
+    """The row numbers of a split of a file with `total` rows. The test split is the whole file.
 
-    The dev split, held out of training, is every N-th row. N depends on the file alone, so that no
-    setting can move a row from the one to the other.
+    The dev split, held out of training, is every N-th row: at least `least` rows, if there are
+    enough. N depends only on the file, so no setting moves a row between train and dev.
     """
     every = min(20, max(2, total // least))
     dev = range(every - 1, total, every)
@@ -139,7 +139,7 @@ def split_numbers(total: int, split: str, least: int) -> list[int]:
 
 
 class QATasks:
-    """The stream of tasks, without chunks, that are built from the questions of one file.
+    """The stream of tasks built from the questions of one file, not yet cut into chunks.
 
     Raises BadInput if the file has too few paragraphs or questions for the settings.
     """
@@ -158,7 +158,7 @@ class QATasks:
         need(gold <= size, f"{file}: {many}: raise it, or lower --questions")
 
     def __call__(self, index: int) -> Task:
-        """Task `index`. It depends on the index and the split and, in training, on the seed."""
+        """Task `index`. It depends on the index, the split and, in training, the seed."""
         config, rows = self.config, self.rows
         seed = config.seed if self.split == "train" else ""
         rng = random.Random(f"{config.task} {self.split} {seed} {index}")
@@ -166,7 +166,7 @@ class QATasks:
         examples = [rows[number] for number in rng.sample(self.numbers, most)]
         gold = [text for example in examples for text in example.documents[: example.gold]]
         own = [text for example in examples for text in example.documents[example.gold :]]
-        rng.shuffle(own)  # if there is no room for all of them, chance decides
+        rng.shuffle(own)  # if not all of them fit, a random part is used
         chosen = dict.fromkeys(list(dict.fromkeys(gold + own))[: config.documents])  # ordered set
         while len(chosen) < config.documents:
             chosen[rng.choice(rows[rng.randrange(len(rows))].documents)] = None
@@ -177,7 +177,7 @@ class QATasks:
 
 
 class SavedTasks:
-    """The tasks of a saved set: in the file's order, but in training shuffled in each pass."""
+    """The tasks of a saved set, in the file's order. In training, each pass is shuffled."""
 
     def __init__(self, config: Config, split: str):
         self.seed, self.split = config.seed, split
@@ -209,12 +209,12 @@ def lay_out(task: Task, config: Config, count: Count) -> Task:
 def split_chunks(texts: list[str], most: int, count: Count) -> tuple[str, ...]:
     """Join `texts` to chunks of at most `most` tokens; "".join(chunks) == "".join(texts).
 
-    Only a text that is longer than a chunk is cut, at white space if there is some.
+    Only a text that is longer than a chunk is cut, at a space if possible.
     """
     chunks, used = [""], 0  # used: tokens in the last chunk
     for text, size in zip(texts, count(texts)):
         while size > most:
-            window = text[: 16 * most]  # counting the whole rest each time would be quadratic
+            window = text[: 16 * most]  # to count the whole rest each time would be quadratic
             cut = len(window) * most // max(most, count([window])[0])
             while count([text[:cut]])[0] > most:
                 cut = cut * 9 // 10

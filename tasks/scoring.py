@@ -1,4 +1,4 @@
-"""How answers are scored: as HotpotQA, 2WikiMultihopQA and MuSiQue do. And counts over episodes."""
+"""Scores of answers, as in HotpotQA, 2WikiMultihopQA and MuSiQue, and counts over episodes."""
 
 import re
 import string
@@ -11,7 +11,7 @@ from tasks import Question
 
 
 def score_function(config: Config) -> Callable[[str, Question], float]:
-    """The function score(answer, question) -> [0, 1] that --scorer names: the reward's."""
+    """The function of --scorer: score(answer, question), within [0, 1]. The reward uses it."""
     return exact_match if config.scorer == "official" else released_match
 
 
@@ -29,8 +29,8 @@ def exact_match(prediction: str, question: Question) -> float:
 def f1(prediction: str, question: Question, yes_no: bool = True) -> float:
     """Token F1, the best over the answer and its aliases.
 
-    yes_no: HotpotQA's and 2Wiki's rule that yes, no and noanswer score only if they are equal.
-    MuSiQue has another rule: if one side is empty, it scores 1 if both are, else 0.
+    yes_no=True is the rule of HotpotQA and 2Wiki: yes, no and noanswer score only if they are
+    equal. False is the rule of MuSiQue: an empty side scores 1 if both are empty, else 0.
     """
     prediction = normalize(prediction)
     return max(pair_f1(prediction, normalize(answer), yes_no) for answer in question.answers)
@@ -53,7 +53,7 @@ def released_match(prediction: str, question: Question) -> float:
 
 
 def strip_string(text: str) -> str:
-    """The MATH scorer's LaTeX clean-up, as far as it matters to answers in words; lower case."""
+    """Lower case, and the part of the MATH scorer's LaTeX clean-up that can change words."""
     text = text.lower().replace("\n", "").replace("\\!", "").replace("\\\\", "\\")
     for mark in ("\\left", "\\right", "^{\\circ}", "^\\circ", "\\$", "\\%", "%", " "):
         text = text.replace(mark, "")
@@ -67,7 +67,7 @@ def answered(episode: Episode) -> list[tuple[str, Question]]:
 
 
 def tally(episodes: list[Episode]) -> dict[str, float]:
-    """Sums over episodes, for `summarize`. Those of several processes may be added up first."""
+    """Sums over episodes, for `summarize`. The sums of several processes can be added."""
     turns = [turn for episode in episodes for turn in episode.turns]
     operations = [operation for turn in turns for operation in turn.operations]
     executed = Counter(operation.kind for operation in operations if not operation.error)
@@ -85,7 +85,7 @@ def tally(episodes: list[Episode]) -> dict[str, float]:
 
 
 def summarize(sums: dict[str, float]) -> dict[str, float]:
-    """Means over episodes, questions and responses. The README's glossary explains each."""
+    """Means over episodes, questions and responses. docs/guide.md explains each of them."""
     episodes, responses = sums["episodes"], sums["responses"]
     means = {"reward": sums["reward"] / episodes, "em": sums["em"] / sums["questions"]}
     means |= {name: sums[name] / responses for name in (*TAGS["paper"], "invalid", "truncated")}

@@ -45,7 +45,7 @@ def sentence(kind: str, name: str, value: str | None) -> str:
 
 
 def track(kind: str, name: str, values: list) -> list[str]:
-    """The sentences that tell `values` one after the other. Their order matters."""
+    """A track: one sentence for each of `values`. A story keeps their order."""
     return [sentence(kind, name, value) + "." for value in values]
 
 
@@ -58,7 +58,7 @@ def versions(rng: random.Random, values: list[str], most: int) -> list[str]:
 
 
 def person_tracks(rng: random.Random, kinds: list[str], name: str):
-    """([track], {kind: answer}) of the questions about the person alone."""
+    """([track], {kind: answer}) of the questions about `name` that need one fact or the count."""
     tracks, answers = [], {}
     for kind in ("home", "job"):
         if kind in kinds:
@@ -102,7 +102,7 @@ def distractor(rng: random.Random, name: str, others: list[str]) -> list[str]:
 def story(index: int, split: str, config: Config, hops: bool = True):
     """Story `index` of the 'train', 'dev' or 'test' stream: ([(question, answer)], [chunk]).
 
-    The tracks are mixed at random. Distractors, about people nobody asks for, fill the story up to
+    The tracks are mixed at random. Distractors, about other people, fill the story up to
     `config.length` times the usual number of sentences. hops=False: no two-hop questions.
     """
     rng = random.Random(f"{split} {config.seed if split == 'train' else 'held out'} {index}")

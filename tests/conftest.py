@@ -95,7 +95,7 @@ def tiny():
 
 
 class Server(ThreadingHTTPServer):
-    """In the place of an OpenAI-compatible server.
+    """Stands in for an OpenAI-compatible server.
 
     It answers by reply(messages): a text, or a number, the HTTP error. `most` counts the requests
     it had at the same time. A `strict` one refuses fields that OpenAI's does not have.

@@ -71,13 +71,13 @@ def two_updates(accelerator: Accelerator, number: int, seed: int = 0) -> dict:
 
 
 def made_up_reward(episode) -> float:
-    """An untrained policy earns nothing, and without differences nothing would be trained."""
+    """An untrained policy scores 0 everywhere, and equal rewards train nothing."""
     return sum(turn.response.tokens for turn in episode.turns) % 5 / 4
 
 
 def main_of(script, *arguments):
     """Run a script, but keep the process group for the next one. A DDP wrapper that is still alive
-    when the group is destroyed can wait for ever for one of the group's threads."""
+    when the group is destroyed can wait forever for one of the group's threads."""
 
     def end_training(accelerator):
         wrappers = [one for one in gc.get_objects() if type(one) is DistributedDataParallel]
@@ -88,8 +88,8 @@ def main_of(script, *arguments):
         script.main()
 
 
-def count_or_fail(*arguments, count=grpo.count):
-    """grpo.count, but the second process finds a fault. The first one continues, to the next
+def sums_or_fail(*arguments, count=grpo.rollout_sums):
+    """grpo.rollout_sums, but the second process finds a fault. The first one continues, to the next
     collective call."""
     if os.environ["RANK"] == "1":
         raise SystemExit("the second process has found a fault")
@@ -121,7 +121,7 @@ def fsdp():
     main_of(sft, "--resume", "runs/resumed/sft")
     with patch.object(Episode, "reward", property(made_up_reward)):
         main_of(grpo, *TINY, "--kl", 0.1, "--updates_per_rollout", 2)
-    with patch("grpo.count", count_or_fail):
+    with patch("grpo.rollout_sums", sums_or_fail):
         main_of(grpo, *TINY, "--overwrite", "--name", "fault", "--from", "runs/town/sft")
 
 

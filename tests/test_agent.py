@@ -81,7 +81,7 @@ def test_dialects_give_update_memory_its_own_meaning(text, expected):
     ],
 )
 def test_malformed_operations_are_counted(config, text, wrong):
-    """Bug: a malformed tag raises, or nobody sees that it was there."""
+    """Bug: a malformed tag raises, or is not counted."""
     assert [one.kind for one in parse(text, config) if one.error] == wrong
 
 
@@ -92,7 +92,7 @@ def test_unbox_balances_braces():
 
 
 def mutate(rng, text, pieces):
-    """Noise that knows the grammar: tags dropped, doubled or cut; characters changed."""
+    """Random damage to a response: tags are dropped, doubled or cut, characters change."""
     for _ in range(rng.randint(0, 8)):
         at = rng.randint(0, len(text))
         new = rng.choice([rng.choice(pieces), rng.choice(string.printable), ""])
@@ -182,7 +182,7 @@ def test_reads_in_a_row_are_limited(config, embed):
 
 
 def test_an_invalid_write_does_not_count_as_one(config, embed):
-    """Bug: a Create that was never executed takes the second look away from a Read."""
+    """Bug: because of a Create that was not executed, a Read does not show the chunk again."""
     read = "<read_memory>x</read_memory><create_memory></create_memory>"
     _, seen = play(config, embed, ["first"], [read, "", "<answer>Ben</answer>"])
     assert [one.chunk for one in seen] == ["first", "first", None]
@@ -248,7 +248,7 @@ def test_an_operation_switched_off_is_a_counted_no_op(operation, embed):
 
 
 def test_random_retrieval_draws_from_the_store(embed):
-    """Bug: the Table 4 ablation still shows what is most similar."""
+    """Bug: the random retrieval of Table 4 still shows the most similar entries."""
     config = Config(retrieval="random", top_k=1)
     create = "".join(f"<create_memory>{word}</create_memory>" for word in "abcdefgh")
     script = [create + "<read_memory>a</read_memory>"]

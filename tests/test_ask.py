@@ -105,7 +105,7 @@ def test_lines_are_those_of_an_editor(tmp_path):
 
 
 def test_a_memory_that_cannot_be_written(tmp_path, embed, config):
-    """Bug: a long text is read, and then there is no place for its memory."""
+    """Bug: a long text is read before it turns out that its memory cannot be saved."""
     (tmp_path / "a.txt").write_text(NOTES)
     with pytest.raises(BadInput, match="there is no folder"):
         saved = tmp_path / "no" / "memory"

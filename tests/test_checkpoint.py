@@ -33,7 +33,7 @@ SFT, GRPO = Path("runs/town/sft"), Path("runs/town/grpo")
 
 
 def made_up_reward(episode):
-    """An untrained policy earns nothing, and without differences nothing would be trained.
+    """An untrained policy scores 0 everywhere, and equal rewards train nothing.
 
     It is 1 for demonstrations, which have no tokens.
     """
@@ -59,7 +59,7 @@ def trained(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def undisturbed(trained, tmp_path_factory):
-    """undisturbed(script, *flags): the run folder of a run that nothing disturbs, made once."""
+    """undisturbed(script, *flags): the folder of a run that is not interrupted, made once."""
 
     @cache
     def run(script, *flags):
@@ -238,7 +238,7 @@ def test_a_run_of_the_other_stage_is_refused(call):
 
 
 def test_grpo_says_where_it_starts(call, monkeypatch, capsys):
-    """Bug: GRPO starts from an SFT run of one step as if it was finished, and nobody notices."""
+    """Bug: GRPO starts from an unfinished SFT run without saying so."""
     with monkeypatch.context() as patch:
         in_each_step(patch, send(signal.SIGTERM, 1))
         call("sft", *TINY, "--name", "short")
@@ -263,7 +263,7 @@ def test_checkpoints_kept(call, monkeypatch):
 
 
 def test_a_kill_before_the_pointers_are_written(call, monkeypatch):
-    """Bug: the last checkpoint is written, but `latest` names the one before it for ever."""
+    """Bug: the last checkpoint is written, but `latest` names the one before it forever."""
 
     def killed(run):
         if run.step == 6:
@@ -358,7 +358,7 @@ def test_a_run_folder_cannot_run_code(call):
 
 
 def test_a_place_that_cannot_be_written_to(tmp_path):
-    """Bug: demonstrations are made for an hour, and then there is no place for the policy."""
+    """Bug: after an hour of demonstrations, the policy turns out to have no place on disk."""
     (tmp_path / "runs").write_text("a file")
     with pytest.raises(BadInput, match="is not a folder to write to"):
         run_main(tmp_path, "sft", *TINY)
@@ -370,7 +370,7 @@ SHORT = "--grpo_steps 300 --save_every 1 --tasks_per_step 1 --max_response_token
 
 
 def check_folder(run: Path):
-    """What must hold after a kill: the newest checkpoint and those that are pointed at open."""
+    """Check after a kill that the newest checkpoint and those of `latest` and `best` open."""
     for name in ("latest", "best"):
         if (run / name).exists():
             AutoModelForCausalLM.from_pretrained(run / (run / name).read_text().strip())

@@ -63,7 +63,7 @@ def write_run(folder, stage="sft", **settings):
     ],
 )
 def test_contradictions_fail_at_once(settings, complaint):
-    """Bug: an impossible setting is found out an hour into the run."""
+    """Bug: an impossible setting is noticed an hour into the run."""
     with pytest.raises(BadInput, match=complaint):
         Config(**settings)
 
@@ -102,7 +102,7 @@ def test_a_flag_switches_off_what_a_run_switched_on(parse):
 
 
 def test_a_run_of_the_name_is_the_default_and_announced(parse, capsys):
-    """Bug: the wrong run is picked up, or one is picked up without a word."""
+    """Bug: a script starts from the wrong run, or does not say which run it starts from."""
     stages = ("grpo", "sft")
     write_run("runs/town/sft", top_k=2)
     write_run("runs/mine/sft", top_k=3)
@@ -152,7 +152,7 @@ def test_resume_changes_nothing_but_the_length(parse, refused):
 @pytest.mark.parametrize("preset", PRESETS)
 def test_the_presets_are_settings(preset):
     """Bug: a preset names a field that does not exist, contradicts itself, or has a value of
-    another type, which the run's folder would not be read back with."""
+    another type, so that the run's folder cannot be read back."""
     default = Config()
     for name, value in PRESETS[preset].items():
         assert type(value) is type(getattr(default, name))
@@ -198,7 +198,7 @@ def test_settings_that_cannot_be_read_are_refused(parse, refused, text, complain
 
 
 def test_help_lists_every_setting(parse, capsys):
-    """Bug: a per cent sign in one field's help makes --help a traceback."""
+    """Bug: a per cent sign in a field's help makes --help end in a traceback."""
     with pytest.raises(SystemExit) as raised:
         parse("--help", resume=True)
     out = capsys.readouterr().out
@@ -216,7 +216,7 @@ def test_a_scripts_own_flags_are_no_settings(parse):
 
 
 def test_a_file_is_overwritten_only_on_request(tmp_path):
-    """Bug: an old file is lost, or a folder that is missing is found out after the work."""
+    """Bug: an old file is lost, or a missing folder is noticed only after the work."""
     check_new_file("--out", tmp_path / "new", overwrite=False)
     (tmp_path / "old").write_text("x")
     with pytest.raises(BadInput, match="--overwrite"):

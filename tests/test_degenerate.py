@@ -159,7 +159,7 @@ def test_an_empty_document(config, embed):
 
 
 def test_an_empty_gold_answer(config, embed):
-    """Bug: not answering earns the point of a question whose gold answer is empty, or is nothing
+    """Bug: no answer at all scores on a question whose gold answer is empty, or is nothing
     but an article."""
     for gold in ("", "the"):
         for response in ("", "<answer></answer>", "<answer>Ben</answer>"):

@@ -65,7 +65,7 @@ def make_task(id, document, question, answer, *support):
 
 # --- the town -------------------------------------------------------------------------------------
 def test_only_the_full_workflow_keeps_the_store_true():
-    """Bug: a town where Update does not pay, or a script that cannot play what it teaches."""
+    """Bug: Update does not raise the score in the town, or a script plays its workflow badly."""
     scores = {name: mean(play(Config(), name)) for name in ("full", "append", "lazy")}
     assert scores["full"] > 0.97 and scores["append"] < 0.75 and scores["lazy"] < 0.6
 
@@ -189,8 +189,7 @@ def test_two_tasks_ask_the_same_question(disable):
 
 
 def test_a_question_without_support_is_not_demonstrated():
-    """Bug: if nothing says where the answer is, it is given all the same, and SFT learns to
-    guess."""
+    """Bug: a question without support is answered all the same, and SFT learns to guess."""
     [episode] = play_gold([make_task("a", "Ben bakes.", "Who?", "Ben")], Config())
     assert episode.reward == 0
 
@@ -246,7 +245,7 @@ def test_a_torn_last_line_is_cut_off(tmp_path):
     "content", ['{"id": 1}\n{"id": 2}', '[1]\n{"id"', "text\n{", "half a line"]
 )
 def test_another_file_is_not_touched(tmp_path, content):
-    """Bug: the last line of a file that is no log, named by mistake, is cut off."""
+    """Bug: another kind of file, named by mistake, loses its last line."""
     path = tmp_path / "data.jsonl"
     path.write_text(content)
     with pytest.raises(BadInput, match="data.jsonl is .*another kind of file"):

@@ -15,7 +15,7 @@ from tasks.scoring import exact_match
 
 
 class Model(Scripted):
-    """A script in the place of a LanguageModel."""
+    """A script that stands in for a LanguageModel."""
 
     def with_config(self, config, temperature):
         return self
@@ -72,7 +72,7 @@ def test_the_judge_has_its_own_column(config, embed):
 
 
 def test_the_table_is_aligned(config, embed):
-    """Bug: a title stands above another column than its own, or a column is lost."""
+    """Bug: a title stands above the wrong column, or a column is lost."""
     script = {"Who?": ["", "<answer>Ben</answer>"]}
     episodes = run_episodes([make_task(["a"])], Scripted(script), config, embed, exact_match)
     row = evaluate.measure("a label of a certain length", episodes, 1.0)
@@ -126,7 +126,7 @@ def test_full_context(baseline):
 
 
 def test_rag(baseline):
-    """Bug: RAG lacks documents, searches with something else than the question, or sees all."""
+    """Bug: RAG lacks documents, does not search with the question, or sees all entries."""
     rag, episodes = baseline("RAG")
     assert 0 < rag["em"] < 100 and rag["create"] > 0 and rag["entries"] == 30
     turns = [turn for episode in episodes for turn in episode.turns]
@@ -175,7 +175,7 @@ def test_rag_lets_a_model_only_answer(config, embed):
 
 @pytest.mark.parametrize("seconds, told", [(0.5, False), (20, True)])
 def test_long_work_is_announced(monkeypatch, capsys, config, embed, seconds, told):
-    """Bug: a table of hours starts without a word, or a table of seconds with an estimate."""
+    """Bug: work of hours starts without an estimate, or work of seconds prints one."""
     clock = iter(range(10_000))
     monkeypatch.setattr(evaluate.time, "perf_counter", lambda: next(clock) * seconds)
     tasks = held_out_tasks(config, "test", 3, None)
@@ -207,7 +207,7 @@ def test_sweeps(config):
 
 
 def test_no_evaluation_is_overwritten(tmp_path, monkeypatch, config):
-    """Bug: a look with three tasks replaces the table of five hundred."""
+    """Bug: a quick evaluation of three tasks replaces the table of five hundred."""
     monkeypatch.chdir(tmp_path)
     for number in range(3):
         out = evaluate.new_file(replace(config, overwrite=True), ["ablate"])
@@ -217,7 +217,7 @@ def test_no_evaluation_is_overwritten(tmp_path, monkeypatch, config):
 
 
 def test_a_loss_is_compared_task_by_task(config, embed):
-    """Bug: an ablation is compared as if it had played other tasks, so a sure loss looks random."""
+    """Bug: the comparison is not paired by task, so a certain loss looks random."""
     tasks = [make_task(["a"], (f"Q{n}a?", f"Q{n}b?"), ("Ben", "Ben")) for n in range(40)]
     right, wrong = "<answer>Ben</answer>", "<answer>Eva</answer>"
     half = {f"Q{n}a?": ["", *[right if n < 20 else wrong] * 2] for n in range(40)}

@@ -52,7 +52,7 @@ def pin(monkeypatch):
 
 
 def test_a_new_operation_is_executed(pin, config, embed):
-    """Bug: the grammar or the loop has changed so that the fork's operation is not one any more."""
+    """Bug: after a change of the grammar or the loop, the fork's operation is not executed."""
     script = [
         "<create_memory>Ben bakes</create_memory><read_memory>Ben</read_memory>",
         "<pin_memory>1</pin_memory><pin_memory>2</pin_memory><pin_memory>Ben</pin_memory>",
@@ -94,7 +94,7 @@ def test_a_new_task(call):
 
 
 def test_a_new_reward(call, monkeypatch):
-    """Bug: GRPO takes its reward from somewhere else than the fork changes it."""
+    """Bug: GRPO does not use the reward that the fork sets."""
     call(sft, *TINY)
     monkeypatch.setattr(agent.Episode, "reward", agent.Episode.reward)  # undone after the test
     load("frugal")

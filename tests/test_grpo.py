@@ -39,7 +39,7 @@ def rollout(policy, settings=CONFIG, tasks=3, group=4):
 def samples_of(episodes, advantages, keep_all=False):
     """(samples, N) of a rollout, as `train` makes them in one process."""
     samples = grpo.to_samples(episodes, advantages.flatten().tolist(), keep_all)
-    return samples, grpo.count(episodes, samples, advantages)["num_tokens"]
+    return samples, grpo.rollout_sums(episodes, samples, advantages)["num_tokens"]
 
 
 def moved(policy):
@@ -84,7 +84,7 @@ def test_dead_groups_are_counted_by_group():
     """Bug: an episode at the mean of its group counts as dead, or one live group hides the
     others."""
     advantages = torch.tensor([[0.0, 0.0, 0.0], [0.5, -0.5, 0.0], [0.0, 0.0, 0.0]])
-    assert grpo.count([], [], advantages)["dead_groups"] == 2
+    assert grpo.rollout_sums([], [], advantages)["dead_groups"] == 2
 
 
 # --- the loss (rules 3, 5, 7, 9) ------------------------------------------------------------------
@@ -158,7 +158,7 @@ def test_of_several_updates_the_first_tells_how_well_sampler_and_trainer_agree(t
     optimizers = make_optimizers(tiny, "muon")
     set_lr(optimizers, 0.01)
     accelerator = Accelerator(cpu=True)
-    metrics = grpo.update(tiny, None, samples, counts, optimizers, accelerator, tiny.config)
+    metrics = grpo.update_policy(tiny, None, samples, counts, optimizers, accelerator, tiny.config)
     assert metrics["logprob_diff"] < 1e-3 and metrics["ratio"] == pytest.approx(1, abs=1e-3)
     logprobs, _ = tiny(samples)
     sampled = torch.tensor([x for sample in samples for x in sample.logprobs])

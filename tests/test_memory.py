@@ -74,7 +74,7 @@ def unit(rows):
 
 
 def test_equal_vectors_tie_wherever_they_are_stored():
-    """Bug: a product's rounding depends on the row, so dense vectors that are equal do not tie, and
+    """Bug: the product is rounded differently in each row, so equal dense vectors do not tie, and
     their order tells which one is newer."""
     rng = np.random.default_rng(0)
     others = unit(rng.standard_normal((12, 1024)).astype(np.float32))

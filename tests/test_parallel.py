@@ -26,7 +26,7 @@ FSDP += ["--config_file", str(ROOT / "fsdp.yaml")]
 
 
 def launch(launcher, kind, folder, seconds=120):
-    """(exit status, output) of two parallel_workers in `folder`. Fails if they wait for ever."""
+    """(exit status, output) of two parallel_workers in `folder`. Fails if they wait forever."""
     process = subprocess.Popen(
         [sys.executable, "-m", *launcher, parallel_worker.__file__, kind],
         cwd=folder,
@@ -112,7 +112,7 @@ def test_ddp_trains_as_one_process_does(ddp, losses):
 
 
 def test_a_process_without_a_task(ddp):
-    """Bug: with fewer tasks than processes a step of GRPO fails, or one process waits for ever. Or
+    """Bug: with fewer tasks than processes a step of GRPO fails, or one process waits forever. Or
     every process says that the run is finished."""
     folder, out = ddp
     lines = metrics(folder / "runs/town/grpo")
@@ -133,7 +133,7 @@ def test_one_process_opens_and_resumes_what_two_have_saved(request, tmp_path, lo
 
 
 def test_a_sharded_run_is_resumed(fsdp, losses):
-    """Bug: a sharded run trains otherwise than one process, or loses the optimisers' shards."""
+    """Bug: a sharded run does not train like one process, or loses the optimisers' shards."""
     run, resumed = fsdp[0] / "runs/town/sft", fsdp[0] / "runs/resumed/sft"
     assert [line["loss"] for line in metrics(run)] == pytest.approx(losses, rel=1e-4)
     assert metrics(resumed)[3]["loss"] == metrics(run)[3]["loss"]

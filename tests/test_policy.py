@@ -99,7 +99,7 @@ def chat_tokenizer():
 
 
 def forward_rows(policy):
-    """A list that gets the number of rows of every forward pass from now on."""
+    """A list of the number of rows of every forward pass from now on."""
     rows = []
     embedding = policy.model.get_input_embeddings()
     embedding.register_forward_hook(lambda module, args, out: rows.append(len(args[0])))
@@ -279,7 +279,7 @@ def test_ids_beyond_the_tokenizer_are_never_sampled(tiny, temperature):
 
 
 def test_an_episode_does_not_depend_on_the_others(tiny, embed):
-    """Bug: what is drawn for an episode depends on who else is in the batch, on the batch's size,
+    """Bug: an episode's random draws depend on the other rows of the batch, on the batch's size,
     or on the place in the list."""
     tasks = [town_task(index % 3, "train", tiny.config) for index in range(12)]  # groups of four
 
@@ -315,8 +315,8 @@ def test_a_batch_draws_what_each_row_would_draw_alone(tiny):
 
 
 def test_equal_prompts_are_read_once_and_ended_rows_leave(tiny):
-    """Bug: a group's equal prompts are each read, or a finished response is continued, and paid
-    for, until the longest of its batch is done."""
+    """Bug: the equal prompts of a group are each computed, or finished responses are decoded on
+    until the longest one of the batch is done."""
     policy = qwen3(tiny.tokenizer, Config(sample_rows=12, max_response_tokens=30))
     policy.end_ids = set(range(12))
     group = [replace(one, rng=random.Random(n)) for n in range(4) for one in observations(3)]
@@ -478,8 +478,8 @@ def test_recomputing_layers_changes_nothing(tiny):
 
 
 def test_a_process_without_rows_takes_part(tiny):
-    """Bug: if a process has fewer micro-batches, scoring nothing is an error, or weights get no
-    gradient and the others wait for it for ever."""
+    """Bug: a process with fewer micro-batches fails on an empty one, or its weights get no
+    gradient, and the others wait for it forever."""
     logprobs, entropy = tiny([IDLE])
     assert logprobs.shape == entropy.shape == (0,)
     logprobs.sum().backward()
@@ -515,7 +515,7 @@ def test_other_weights_can_be_saved(tiny, tmp_path):
 
 
 def test_a_model_without_chat_template_is_refused(tiny, tmp_path):
-    """Bug: a base model is prompted in a format it has never seen, without a word."""
+    """Bug: a base model is silently prompted in a format that it has never seen."""
     tiny.tokenizer.chat_template = None
     tiny.save(tmp_path / "model")
     with pytest.raises(BadInput, match="no chat template"):

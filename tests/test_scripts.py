@@ -234,7 +234,7 @@ def test_a_checkpoint_as_the_model(call):
 
 # --- stopping, and bad input ----------------------------------------------------------------------
 def test_ctrl_c_leaves_a_usable_checkpoint(call, tmp_path):
-    """Bug: stopping a long run by hand loses it, or leaves a model folder that does not open."""
+    """Bug: Ctrl-C loses a long run, or leaves a model folder that does not open."""
     call("sft", *TINY)
     flags = ["--grpo_steps", 5000, "--save_every", 5000]
     running = start("grpo.py", *TINY, *flags, folder=tmp_path)

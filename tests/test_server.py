@@ -129,7 +129,7 @@ def test_a_fault_loses_no_other_answer(serve, tmp_path):
 
 
 def test_a_strict_server(serve, tmp_path):
-    """Bug: servers that refuse unknown fields cannot be used at all."""
+    """Bug: a server that refuses unknown fields cannot be used."""
     server = serve(lambda messages: "fine")
     server.strict = True
     answers = Endpoint(server.url, "m", tmp_path / "f", 1).complete([ask("a"), ask("b")], 5, 0.0)
@@ -147,7 +147,7 @@ def test_a_strict_server(serve, tmp_path):
     ],
 )
 def test_thoughts_are_no_operations(serve, tmp_path, reply, text):
-    """Bug: what a model considers while it thinks is executed."""
+    """Bug: operations in a model's thoughts are executed."""
     server = serve(lambda messages: reply)
     endpoint = Endpoint(server.url, "m", tmp_path / "f", 1)
     assert endpoint.complete([ask("a")], 5, 0.0)[0].text == text

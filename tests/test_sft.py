@@ -52,7 +52,7 @@ def write_file(path, config, episodes):
 
 
 def test_training_prompts_equal_evaluation_prompts(tiny, config, embed):
-    """Bug: SFT renders an observation in another way than the sampler does."""
+    """Bug: SFT and the sampler render an observation differently."""
     episodes = demonstrate(stories(config, 5), config, embed, tiny)
     shown = [turn.observation for one in episodes if one.reward >= 0.5 for turn in one.turns]
     samples = demonstrated(config, tiny, embed, 5)
@@ -109,7 +109,7 @@ def test_a_block_without_a_good_demonstration_is_skipped(tiny, config, embed, mo
 
 
 def test_a_teachers_file_gives_the_same_samples(tiny, embed, tmp_path):
-    """Bug: a recorded prompt is framed in another way than a played one, or poor episodes of the
+    """Bug: recorded and played prompts use different templates, or poor episodes of the
     file are learnt from."""
     path = tmp_path / "t.jsonl"
     config = Config(demonstrations=str(path))
@@ -138,18 +138,18 @@ def test_a_teachers_file_with_nothing_to_learn(tiny, embed, tmp_path):
         sft.recorded_samples(short, tiny)
     write_file(path, config, [])
     with pytest.raises(BadInput, match="no demonstration reached --keep_score"):
-        sft.make_lessons(config, tiny, None, embed, main=False)
+        sft.make_curriculum(config, tiny, None, embed, main=False)
 
 
-# --- lessons --------------------------------------------------------------------------------------
+# --- parts --------------------------------------------------------------------------------------
 
 
 def test_lessons_come_in_order_and_whole():
     """Bug: a lesson is skipped, or samples are drawn with replacement so that some are never
     seen."""
     config = Config(sft_steps=10, sft_batch=4)
-    lessons = [(0.3, iter([list("abcd"), list("ef")])), (0.7, iter([list(range(14))]))]
-    drawn = list(sft.batches(lessons, config))
+    parts = [(0.3, iter([list("abcd"), list("ef")])), (0.7, iter([list(range(14))]))]
+    drawn = list(sft.batches(parts, config))
     assert len(drawn) == 10 and all(len(batch) == 4 for batch in drawn)
     first, second = sum(drawn[:3], []), sum(drawn[3:], [])
     assert Counter(first) == dict.fromkeys("abcdef", 2)
@@ -176,11 +176,11 @@ def test_demonstrations_are_played_when_they_are_needed(tiny, embed, monkeypatch
         asked.append(index)
         return town_task(index, "train", config)
 
-    lessons = sft.make_lessons(config, tiny, stream, embed, main=False)
+    parts = sft.make_curriculum(config, tiny, stream, embed, main=False)
     assert asked == [*range(100, 140)]  # the second lesson's; the first makes its own easy stories
-    drawn = list(sft.batches(lessons, config))
+    drawn = list(sft.batches(parts, config))
     assert asked == [*range(100, 180)]  # 12 steps of 32 samples each, about 9 samples a task
-    (_, again), _ = sft.make_lessons(config, tiny, stream, embed, main=False)
+    (_, again), _ = sft.make_curriculum(config, tiny, stream, embed, main=False)
     first = [sample.key for sample in next(again)]
     seen = [sample.key for batch in drawn for sample in batch][: len(first)]
     assert sorted(seen) == sorted(first) and seen != first

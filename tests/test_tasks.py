@@ -108,7 +108,7 @@ STORIES = {
 
 @pytest.mark.parametrize("split", STORIES)
 def test_the_town_is_the_published_one(split):
-    """Bug: an edit changes the order of random draws, so that other stories are told."""
+    """Bug: an edit changes the order of random draws, so the stories change."""
     stories = [town_task(index, split, Config()) for index in range(50)]
     plain = [
         ([(one.text, one.answers) for one in story.questions], story.chunks) for story in stories
@@ -403,7 +403,7 @@ def test_a_binary_file_gets_one_sentence(tmp_path, task):
     ],
 )
 def test_impossible_sizes_get_one_sentence(settings, complaint):
-    """Bug: the builder searches for ever for paragraphs that the file does not have."""
+    """Bug: the builder searches forever for paragraphs that the file does not have."""
     with pytest.raises(BadInput, match=complaint):
         load_tasks(qa_config(**settings), "test", count)
 

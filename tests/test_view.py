@@ -48,7 +48,7 @@ def test_the_trace_replays_the_memory(config, embed):
     text = view.trace(episode)
     assert "memory: [0] Anna lives in Rome | [1] Ben is a baker\n" in text
     assert "memory: [0] Anna lives in Oslo\n" in text
-    assert "not executed, delete '': no entry of that number is shown" in text
+    assert "not executed, delete '': no entry with that number is shown" in text
     assert text.endswith("answer: Oslo  gold: Oslo  score: 1")
 
 
@@ -112,14 +112,14 @@ def test_policies_of_one_name(config, embed, tmp_path):
 
 @pytest.mark.parametrize("number", [0, -1])
 def test_a_bad_number_of_episodes(monkeypatch, number):
-    """Bug: --trace 0 prints nothing and says nothing."""
+    """Bug: --trace 0 prints nothing, not even an error."""
     monkeypatch.setattr("sys.argv", ["view", "--trace", str(number)])
     with pytest.raises(BadInput, match="--trace"):
         view.main()
 
 
 def test_a_page_is_not_overwritten(tmp_path, monkeypatch):
-    """Bug: a page is played for minutes, and then replaces another one or has no folder."""
+    """Bug: after minutes of play, the page replaces another one, or its folder does not exist."""
     (tmp_path / "page.html").write_text("old")
     for out, message in ((tmp_path / "page.html", "exists"), (tmp_path / "no/page.html", "folder")):
         monkeypatch.setattr("sys.argv", ["view", "--html", str(out)])
@@ -171,7 +171,7 @@ def test_the_page_in_a_browser(browser, page, scheme, width):
     press(right)
     assert "turn 2 of 4" in text() and "Ben is a baker (deleted)" in text()
     assert "Anna lives in Rome → Anna lives in Oslo (updated)" in text()
-    assert "delete 7: no entry of that number is shown" in text()
+    assert "delete 7: no entry with that number is shown" in text()
     assert "Retrieved for the query “Anna Ben”" in text()
     for _ in range(3):
         press(right)

@@ -1,11 +1,11 @@
-"""Questions about a text of your own, answered from the memory that a trained agent makes of it.
+"""Ask about your own text: a trained agent reads it and answers from its memory.
 
     python -m tools.ask "Where does Anna live?" "Who is Ben?" --file notes.txt --memory notes.memory
     python -m tools.ask "What is Anna's job?" --memory notes.memory         without reading again
 
 The run of --from or --name answers. A .jsonl file is read as one text per line: a string, or an
-object with a "text". Below each answer stand the entries that were shown when it was given, and
-the lines of the file that they come from.
+object with a "text". Each answer is printed with the entries that were shown when it was given,
+and the lines of the file that they come from.
 """
 
 import bisect
@@ -90,7 +90,7 @@ def read_chunks(path: Path, config: Config, count: Count) -> tuple[tuple[str, ..
         kind = path.suffix or "text"
         raise BadInput(f"--file {path} cannot be read as {kind}: {error!r}") from error
     need("".join(pieces).strip(), f"--file {path}: there is no text in it")
-    # The town's reader knows chunks of two sentences of seven tokens, whatever --chunk_tokens says.
+    # The town's model was trained on chunks of two sentences, of at most seven tokens each.
     chunks = split_chunks(pieces, 14 if config.task == "town" else config.chunk_tokens, count)
     ends = list(accumulate(map(len, pieces)))  # the character after each line
     borders = [0, *accumulate(map(len, chunks))]
@@ -116,9 +116,9 @@ def load_memory(path, config: Config) -> tuple[Memory, dict[str, str], str]:
 
 
 FLAGS = [
-    ("question", dict(nargs="+", metavar="QUESTION", help="what is asked about the text")),
+    ("question", dict(nargs="+", metavar="QUESTION", help="questions about the text")),
     ("--file", dict(help="the text to read: .txt, .md, .jsonl")),
-    ("--memory", dict(metavar="FILE", help="save the memory here; without --file: use this one")),
+    ("--memory", dict(metavar="FILE", help="save the memory here; without --file: load it")),
 ]
 
 

@@ -1,4 +1,4 @@
-"""What rollouts and optimiser steps cost, each beside another way to do the same, in one run.
+"""Time rollouts and optimiser steps, and other implementations of them, in one run.
 
     python -m tools.bench                  all parts: @@ minutes on two CPU cores
     python -m tools.bench rollouts sft     some of them: rollouts, grpo, sft
@@ -68,7 +68,7 @@ def rollouts():
     """Whole episodes of the town, beside transformers' generate."""
     config = Config(cpu=CPU)
     policy = create_policy(config, corpus(config)).to("cpu" if CPU else "cuda")
-    policy.end_ids = set(range(0, policy.known_ids, 7))  # 7 tokens, as a trained policy's responses
+    policy.end_ids = set(range(0, policy.known_ids, 7))  # about 7 tokens, as in a trained policy
     stream, embed = load_tasks(config, "train", policy.count), HashedEmbedder()
     tasks = [stream(episode // 8) for episode in range(64)]
 
@@ -114,12 +114,12 @@ def make_steps(model, policy: LanguageModel, samples: list[Sample], kind: str) -
 
 
 def step(kind: str):
-    """The time of one optimiser step on 16 samples of a small model, as long as reading turns."""
+    """Time one optimiser step of a small model on 16 samples that are as long as reading turns."""
     limits = {"max_prompt_tokens": 600, "max_response_tokens": 128, "micro_batch_tokens": 4096}
     model, policy = made_policy(Config(cpu=CPU, **limits), SHAPE)
     steps = make_steps(model, policy, made_samples(16, (64, 512), (8, 128)), kind)
     ours = steps.pop("ours")
-    compare(f"{kind.upper()}: a step on 16 samples, 151,936 words", ours, steps, repeats=3)
+    compare(f"{kind.upper()}: a step on 16 samples, vocabulary 151,936", ours, steps, repeats=3)
 
 
 PARTS = {"rollouts": rollouts, "grpo": partial(step, "grpo"), "sft": partial(step, "sft")}
@@ -128,7 +128,7 @@ PARTS = {"rollouts": rollouts, "grpo": partial(step, "grpo"), "sft": partial(ste
 def main():
     names = sys.argv[1:] or list(PARTS)
     for name in names:
-        need(name in PARTS, f"there is no part {name!r}; there are: {', '.join(PARTS)}")
+        need(name in PARTS, f"there is no part {name!r}; the parts are: {', '.join(PARTS)}")
     for name in names:
         PARTS[name]()
 

@@ -15,7 +15,7 @@ TRL_BATCH = 8  # samples in a micro-batch of TRL's trainers
 class Generate:
     """A policy sampled by transformers' generate, `batch` prompts at a time (default: all).
 
-    TRL's trainers sample so without vLLM: left padding, and each response waits for the longest.
+    TRL samples like this without vLLM: left padding, and each response waits for the longest.
     """
 
     def __init__(self, policy: LanguageModel, batch: int | None = None):
@@ -50,7 +50,7 @@ def pad(rows: list[list[int]], side: str = "right", value: int = 0) -> tuple:
 
 
 def trl_steps(model, tokenizer, samples: list[Sample], kind: str, config: Config) -> dict:
-    """{label: a step of TRL's trainer on drawn `samples`, with its own padding}. {} without TRL."""
+    """{label: function that takes a step of TRL's trainer on `samples`}. {} if TRL is missing."""
     try:
         trainer = make_trainer(model, tokenizer, kind, config)
     except ImportError as error:
@@ -79,7 +79,7 @@ def trl_steps(model, tokenizer, samples: list[Sample], kind: str, config: Config
 
 
 def make_trainer(model, tokenizer, kind, config):
-    """TRL's trainer. Its data set is a dummy: it is given ready batches. May raise ImportError."""
+    """TRL's trainer with a dummy data set: we pass batches. Raises ImportError without TRL."""
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
@@ -96,7 +96,7 @@ def make_trainer(model, tokenizer, kind, config):
 
 
 def collate(samples: list[Sample], kind: str) -> dict[str, torch.Tensor]:
-    """A batch of TRL's. SFT pads whole rows. GRPO pads prompts on the left, responses apart."""
+    """A batch for TRL. SFT pads whole rows. GRPO pads prompts left and responses right."""
     prompts = [sample.prompt_ids for sample in samples]
     responses = [sample.response_ids for sample in samples]
     if kind == "sft":

@@ -57,7 +57,7 @@ def draw_curves(files, out):
 def main():
     parser = ArgumentParser(description="Draw the learning curves of GRPO runs.")
     parser.add_argument("metrics", nargs="+", help="metrics.jsonl files of GRPO runs")
-    parser.add_argument("--out", default="curves.png", help="a new file")
+    parser.add_argument("--out", default="curves.png", help="the picture to write")
     args = parser.parse_args()
     need(not Path(args.out).exists(), f"--out {args.out} exists: name another file")
     draw_curves(args.metrics, args.out)

@@ -32,21 +32,21 @@ from tasks.scoring import answered
 
 TIMEOUT = 600  # seconds for one answer
 PAUSES = (1, 4, 15, 60)  # seconds before each new try after a transient error
-FINAL = {400, 401, 403, 404, 405, 413, 422}  # HTTP errors that another try cannot cure
+FINAL = {400, 401, 403, 404, 405, 413, 422}  # HTTP errors that are not retried
 
 
 class Endpoint:
     """A server and the model that it serves.
 
-    file: where the answers are kept (JSONL). in_flight: most requests at the same time. seed:
-    another seed gives other samples. Raises BadInput if `file` is another kind of file.
+    file: where the answers are kept (JSONL). in_flight: maximum concurrent requests. seed: another
+    seed gives other samples. Raises BadInput if `file` is another kind of file.
     """
 
     def __init__(self, url: str, model: str, file, in_flight: int, seed: int = 0):
         self.url, self.model, self.in_flight, self.seed = url, model, in_flight, seed
         key = os.environ.get("OPENAI_API_KEY", "none")
         self.client = InferenceClient(base_url=url, api_key=key, timeout=TIMEOUT)
-        # As in a local model's prompt. Some servers refuse the field, and then it is left out.
+        # No thinking, as for a local model. If a server refuses the field, it is left out.
         self.extra = {"chat_template_kwargs": {"enable_thinking": False}}
         self.name = f"--endpoint {url}, model {model}"  # for error messages
         self.lock = threading.Lock()  # for the file
@@ -64,7 +64,7 @@ class Endpoint:
         """One Response for each conversation, a list of {"role": ..., "content": ...} messages.
 
         A repeated conversation gets another sample, unless `temperature` is 0. Raises BadInput if
-        the server refuses or cannot be reached. It still keeps the answers that are under way.
+        the server refuses or cannot be reached, after the requests in flight have been answered.
         """
         settings = {"model": self.model, "max_tokens": max_tokens, "temperature": temperature}
         # The keys are numbered before any request is sent, so a restart gives the same keys.
@@ -76,7 +76,7 @@ class Endpoint:
         return [self.known[key] for key in keys]
 
     def key(self, messages: list[dict], max_tokens: int, temperature: float) -> str:
-        """The name of a question in the file. A repeated question is numbered."""
+        """The key of a question in the file. Repetitions of a question are numbered."""
         seed = self.seed if temperature else 0
         question = json.dumps([self.url, self.model, messages, max_tokens, temperature, seed])
         name = hashlib.sha256(question.encode()).hexdigest()
@@ -114,7 +114,7 @@ class Endpoint:
 
 
 def read_answer(answer) -> Response:
-    """The Response in a chat completion. What a model thinks before it answers is left out."""
+    """The Response in a chat completion, without the model's thoughts."""
     [choice] = answer.choices
     _, _, text = (choice.message.content or "").rpartition("</think>")
     text, _, _ = text.partition("<think>")  # cut off while it was thinking
@@ -157,7 +157,7 @@ class ServerPolicy:
         return [system, {"role": "user", "content": render(observation)}]
 
     def shorten(self, observation: Observation) -> Observation:
-        """The observation as the model is shown it."""
+        """The observation as the model sees it, shortened if it is too long."""
         return fit(observation, self.prompt_length, self.config.max_prompt_tokens)
 
     def prompt_length(self, observation: Observation) -> int:
@@ -178,7 +178,7 @@ class Judge:
         need(url, "--judge needs the URL of a server: --judge_endpoint, or --endpoint")
         self.endpoint = Endpoint(url, model, f"runs/{config.name}/verdicts.jsonl", config.in_flight)
         self.unclear = 0  # verdicts that were neither yes nor no; they count as no
-        self.verdicts(["Reply with yes."])  # reaches the server before long work
+        self.verdicts(["Reply with yes."])  # fails here, before long work, if there is no server
 
     def __call__(self, episodes: list[Episode]) -> int:
         """How many answers in these episodes are right."""

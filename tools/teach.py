@@ -3,8 +3,8 @@
     python -m tools.teach --model Qwen/Qwen3-32B --demonstrations taught.jsonl --task ... --data ...
     python sft.py --model Qwen/Qwen3-0.6B --demonstrations taught.jsonl --task ... --data ...
 
-With --endpoint URL the model is at a server. Started again, the tool continues its file, whose
-format is in tasks/demonstrators.py. Episodes below --keep_score are listed without their turns.
+With --endpoint URL the model runs on a server. If it is started again, the tool continues its file
+(format: tasks/demonstrators.py). Episodes below --keep_score are written without their turns.
 """
 
 import json
@@ -26,9 +26,9 @@ from tools.server import ServerPolicy
 
 
 def record(teacher: Policy, stream: Callable, config: Config, embed: Embedder) -> list[float]:
-    """Play those of the first config.sft_tasks tasks that config.demonstrations does not hold yet.
+    """Play the first config.sft_tasks tasks, except those already in config.demonstrations.
 
-    Returns all scores in the file. Raises BadInput if it has other settings, or is no such file.
+    Returns all scores in the file. Raises BadInput if it has other settings or another format.
     """
     path, lines = Path(config.demonstrations), []
     settings = {"teacher": config.model} | {name: getattr(config, name) for name in RECORDED}
@@ -52,7 +52,7 @@ def record(teacher: Policy, stream: Callable, config: Config, embed: Embedder) -
 
 
 def as_line(episode: Episode, config: Config) -> dict:
-    """The episode as the file holds it. A response that was cut off is no example."""
+    """The episode as a line of the file. Responses that were cut off are left out."""
     good = episode.reward >= config.keep_score
     kept = [turn for turn in episode.turns if good and not turn.response.truncated]
     turns = [{"prompt": render(t.observation), "response": t.response.text} for t in kept]

@@ -1,4 +1,4 @@
-"""Episodes to look at, turn by turn: as text, or as a page to click through.
+"""Show episodes turn by turn: as text, or as a page to click through.
 
     python -m tools.view                       one test episode of runs/town, printed as text
     python -m tools.view --trace 3             three of them
@@ -71,7 +71,7 @@ def trace(episode: Episode) -> str:
 
 
 def printable(text: str) -> str:
-    """`text` with control characters escaped, since a document may hold terminal commands."""
+    """`text` with control characters escaped: a document may hold terminal escape sequences."""
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
@@ -108,7 +108,7 @@ def describe(episode: Episode) -> dict:
 
 FLAGS = evaluate.RUN_FLAGS + [
     ("--trace", dict(type=int, metavar="N", help="play N tasks (default: 1; with --html 20)")),
-    ("--html", dict(metavar="FILE", help="write a page instead of text, with all policies")),
+    ("--html", dict(metavar="FILE", help="write a page with all policies, not text")),
 ]
 
 

@@ -1,8 +1,8 @@
 """A run on disk: its settings, metrics and checkpoints, and how it is stopped and resumed.
 
-A run folder is usable whenever the run is killed. A checkpoint is written aside, flushed to disk
-and then renamed. What came after the newest checkpoint is dropped by --resume, and comes again the
-same: everything random is seeded by the step, so no generator state has to be saved.
+A run can be killed at any moment and stays usable: a checkpoint is written aside, flushed to disk
+and then renamed. --resume drops the steps after the newest checkpoint and repeats them exactly.
+Everything random is seeded by the step, so no generator state has to be saved.
 """
 
 import json
@@ -27,13 +27,13 @@ from config import Config, load_settings, need
 from training.distributed import all_reduce_max, is_sharded
 
 PATIENCE = timedelta(hours=2)  # how long a process waits for the rollouts of another
-# Whole tensors, on the CPU: one way for one process, DDP and FSDP2.
+# Full tensors on the CPU. The same call serves one process, DDP and FSDP2.
 FULL = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)
 STEP = re.compile(r"step-\d{6,}")
 
 
 def checkpoints(run) -> list[Path]:
-    """The checkpoints of a run folder, oldest first. All are complete: a rename made them."""
+    """The checkpoints of a run folder, oldest first. All are complete: they were renamed last."""
     return [path for path in sorted(Path(run).glob("step-*")) if STEP.fullmatch(path.name)]
 
 
@@ -45,11 +45,11 @@ def latest_checkpoint(run) -> Path:
 
 
 def starting_model(run: "Run", config: Config, start) -> str | Path:
-    """What to load: the run's own checkpoint, else the model of --from, else --model (or "")."""
+    """The model to load: the run's own checkpoint, else that of --from, else --model (or "")."""
     if run.checkpoint or not start:
         return run.checkpoint or config.model
     same = run.folder.resolve() == Path(start).resolve()
-    need(not same, f"--overwrite would delete {start}, where this run starts: take another --name")
+    need(not same, f"--overwrite would delete {start}, where this run starts: use another --name")
     run.accelerator.print(f"the model is {latest_checkpoint(start)}")
     return latest_checkpoint(start)
 
@@ -71,7 +71,7 @@ class Run:
     def __init__(self, config: Config, stage: str, resume=None):
         self.config, self.stage = config, stage
         self.folder = Path(resume or config.folder(stage))
-        self.name = self.folder.resolve().parent.name  # what --name says of a run in runs/
+        self.name = self.folder.resolve().parent.name  # the --name of a run in runs/
         self.step, self.metrics, self.best = 0, {}, None  # best: [held-out EM, step]
         self.recent = deque(maxlen=10)  # the main metric of the last steps
         self.stopping = False
@@ -107,12 +107,12 @@ class Run:
     def begin(self, policy, optimizers: list[torch.optim.Optimizer]):
         """Load the optimisers' state, or make the folder and its first checkpoint.
 
-        Call it when all that can fail on bad input is done. `policy` was loaded from `checkpoint`
-        if there is one. From here on Ctrl-C and SIGTERM end the run after the current step.
+        Call it after everything that can fail on bad input. If there is a `checkpoint`, `policy`
+        was loaded from it. From here on, Ctrl-C and SIGTERM end the run after the current step.
         """
         self.policy, self.optimizers = policy, optimizers
         if self.checkpoint:
-            # Sharded, each process needs a part of the file only: mmap leaves the rest on disk.
+            # A sharded process needs only a part of the file: mmap leaves the rest on disk.
             path = self.checkpoint / "training.pt"
             states = torch.load(path, weights_only=True, mmap=is_sharded())
             if states["state"]:
@@ -128,11 +128,11 @@ class Run:
         self.handlers = {number: signal.signal(number, self.stop) for number in signals}
 
     def prepare_folder(self):
-        """The main process's part of `begin`. Of an old run only its own files are replaced."""
+        """The main process's part of `begin`. Other files in the folder are left alone."""
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.checkpoint:
             self.point_and_prune()
-        else:  # config.json goes first and comes last: a kill leaves no mixture of two runs
+        else:  # config.json is deleted first and written last, so a kill cannot mix two runs
             for name in ("config.json", "latest", "best"):
                 (self.folder / name).unlink(missing_ok=True)
             for old in checkpoints(self.folder):
@@ -146,18 +146,18 @@ class Run:
         self.stopping = True
         signal.signal(number, self.handlers[number])
         if self.main:
-            tqdm.write("stopping after this step; a second time stops at once")
+            tqdm.write("stopping after this step; the same signal again stops at once")
 
     def steps(self, total: int) -> Iterator[int]:
         """The numbers of the remaining steps, up to `total`, until a signal comes.
 
-        After each step, which the caller has logged, a checkpoint is written if it is due.
+        The caller logs each step. A checkpoint is written after the step if it is due.
         """
         hide = None if self.main else True  # None: shown on a terminal only
         self.bar = tqdm(range(total), self.stage, initial=self.step, disable=hide, unit="step")
         while self.step < total and not all_reduce_max(self.stopping, self.accelerator):
             self.step += 1
-            set_seed(self.config.seed + self.step)  # so that a resumed run draws the same
+            set_seed(self.config.seed + self.step)  # a resumed run draws the same numbers
             yield self.step
             self.bar.update()
             if self.step % self.config.save_every == 0:
@@ -169,7 +169,7 @@ class Run:
     def log(self, metrics: dict[str, float]):
         """Append the step's metrics to metrics.jsonl, send them to the tracker, show the main one.
 
-        Without a terminal, every twentieth part of the run and each evaluation print a line.
+        Without a terminal, it prints about 20 lines per run and one for each evaluation.
         """
         self.metrics = {"step": self.step}
         self.metrics |= {name: float(f"{value:.6g}") for name, value in metrics.items()}
@@ -191,7 +191,7 @@ class Run:
     def save(self):
         """Collective: write a checkpoint of this step. Every process calls it; the main one writes.
 
-        Raises SystemExit if the disk refuses.
+        Raises SystemExit if it cannot be written.
         """
         em = self.metrics.get("held_out_em")
         if em is not None and (self.best is None or em > self.best[0]):
@@ -230,21 +230,21 @@ class Run:
 
     @contextmanager
     def on_disk(self):
-        """Turns a failed write into one sentence."""
+        """Turns a failed write into a SystemExit with one sentence."""
         try:
             yield
         except (OSError, RuntimeError, SafetensorError) as error:  # the last two: a full disk
             then = f"continue with --resume {self.folder}" if self.checkpoint else "start again"
             raise SystemExit(
                 f"{self.folder}: step {self.step} could not be saved: {error}\nThe checkpoints "
-                f"before it are sound: {then} when there is room"
+                f"before it are intact: {then} when there is room"
             ) from error
 
     def finish(self, total: int, next_command: str):
-        """Restore the signal handlers, close tracker and process group, say what comes next.
+        """Restore the signal handlers, close tracker and process group, print the next command.
 
-        Call it when the caller has dropped its DDP wrapper. The group must go after the wrapper:
-        the other way round, the wrapper's destructor can wait for ever for a thread of the group.
+        Call it after the caller has dropped its DDP wrapper. If the process group is closed before
+        that, the wrapper's destructor can wait forever for a thread of the group.
         """
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
@@ -257,7 +257,7 @@ class Run:
 
 
 def make_accelerator(config: Config, folder: Path) -> Accelerator:
-    """accelerate's view of devices and processes. Raises BadInput if a tracker is missing."""
+    """The Accelerator of a run. Raises BadInput if the tracker of --log_with is missing."""
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # every process loads the weights itself
     accelerator = Accelerator(
         cpu=config.cpu or not torch.accelerator.is_available(),
@@ -276,7 +276,7 @@ def step_name(step: int) -> str:
 
 
 def replace_file(path: Path, text: str):
-    """Write a text file so that at any moment either the old or the new one is there."""
+    """Write a text file atomically: at any moment there is either the old or the new one."""
     part = path.with_name(path.name + ".part")
     part.write_text(text, encoding="utf-8")
     flush(part)

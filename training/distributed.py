@@ -34,7 +34,7 @@ IDLE = Sample([0], [])  # no response tokens, so it adds nothing to any sum
 
 
 def shard(items, accelerator: Accelerator) -> list:
-    """This process's part of `items`, which all processes have."""
+    """This process's part of `items`. `items` is the same in all processes."""
     return list(items[accelerator.process_index :: accelerator.num_processes])
 
 
@@ -55,7 +55,7 @@ def all_reduce_max(value: float, accelerator: Accelerator) -> float:
 def shared_batches(
     model, samples: list[Sample], max_tokens: int, accelerator: Accelerator
 ) -> Iterator[list[Sample]]:
-    """Collective: this process's micro-batches, then idle ones, equally many in every process."""
+    """Collective: yields this process's micro-batches, then idle ones until all have as many."""
     batches = micro_batches(samples, max_tokens)
     number = int(all_reduce_max(len(batches), accelerator))
     batches += [[IDLE]] * (number - len(batches))
@@ -71,13 +71,13 @@ def is_sharded() -> bool:
 
 
 def copy_dtype(accelerator: Accelerator) -> torch.dtype:
-    """The dtype of a full copy that is not trained: the one that layers compute in."""
+    """The dtype of a full copy that is not trained: the one that sharded layers compute in."""
     return torch.bfloat16 if accelerator.device.type == "cuda" else torch.float32
 
 
 def distribute(policy: LanguageModel, accelerator: Accelerator):
-    """Move `policy` to the device, for training. Returns what the gradient forward has to call:
-    the policy itself, or DDP's wrapper. FSDP2 shards the policy in place.
+    """Prepare `policy` for training on the device. Returns the module to call in training: the
+    policy itself, or its DDP wrapper. FSDP2 shards the policy in place.
 
     Make the optimisers after this. Raises BadInput for FSDP1 or a model without a layer list.
     """
@@ -128,7 +128,7 @@ def sync_weights(rollout_model: LanguageModel, policy: LanguageModel):
 
 def held_out_em(rollout_model, tasks: list[Task], config: Config, embed, accelerator) -> float:
     """Collective: exact match over all questions of `tasks`, at the evaluation temperature."""
-    player = rollout_model.with_config(config, config.eval_temperature)
+    policy = rollout_model.with_config(config, config.eval_temperature)
     score = score_function(config)
-    episodes = run_episodes(shard(tasks, accelerator), player, config, embed, score)
+    episodes = run_episodes(shard(tasks, accelerator), policy, config, embed, score)
     return summarize(all_reduce_sum(tally(episodes), accelerator))["em"]

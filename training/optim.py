@@ -12,8 +12,8 @@ class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024): Nesterov momentum, orthogonalized before it is applied.
 
     The same as torch.optim.Muon with adjust_lr_fn="match_rms_adamw" and no weight decay. But all
-    matrices of one shape are orthogonalized together, in fp32: torch does one at a time in bf16,
-    for which most CPUs have no fast product.
+    matrices of one shape are orthogonalized together, in fp32. torch does one at a time in bf16,
+    which is slow on most CPUs.
     """
 
     def __init__(self, params, momentum: float = 0.95):
@@ -52,7 +52,7 @@ def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
 
 
 def make_optimizers(policy: LanguageModel, kind: str) -> list[torch.optim.Optimizer]:
-    """Optimisers that together cover all parameters. No weight decay. set_lr sets the rate.
+    """Optimisers that cover all parameters, without weight decay. set_lr sets their rates.
 
     'muon': Muon for the matrices inside the blocks, AdamW at 0.3 of the learning rate for
     embeddings, head and norms. 'adamw': AdamW for everything.
@@ -103,14 +103,14 @@ def clip_and_step(policy, optimizers: list[torch.optim.Optimizer], max_norm: flo
 
 
 def count_bad_steps(before: dict[str, float], now: dict[str, float]) -> int:
-    """How many steps in a row had a gradient that was not finite. before, now: the metrics of the
-    last step and of this one. Raises SystemExit at 3."""
+    """The number of steps in a row, up to now, whose gradient was not finite. before, now: the
+    metrics of the last step and of this one. Raises SystemExit at 3."""
     finite = math.isfinite(now.get("grad_norm", 0.0))  # a step without an update has no norm
     bad = 0 if finite else int(before.get("bad_steps", 0)) + 1
     if bad == 3:
         raise SystemExit(
             "the gradient was not finite in 3 steps in a row, so the run stops. Such steps do not "
-            "change the weights, and the checkpoints are sound. A lower learning rate may help"
+            "change the weights, and the checkpoints are intact. A lower learning rate may help"
         )
     return bad
 

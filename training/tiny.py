@@ -1,4 +1,4 @@
-"""The tiny model that learns the built-in task on a CPU, made from scratch with its tokenizer."""
+"""The tiny model that learns the built-in task on a CPU: a new Qwen3 and its tokenizer."""
 
 import json
 from collections.abc import Iterable
@@ -19,11 +19,11 @@ TINY_TEMPLATE = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% en
 def create_policy(config: Config, texts: Iterable[str]) -> LanguageModel:
     """A new tiny Qwen3 with random weights, and a tokenizer made from `texts`.
 
-    It is made so that a small model learns. Heads of 64 dimensions: QK-norm limits how sharply
-    smaller ones can attend. One key-value head: it learns as well as four and costs a quarter less.
-    Matrices of variance 1 / width: transformers' 0.02 is meant for widths in the thousands.
-    Embeddings of variance 1, untied from the head: names that start almost equal, and share most
-    of their gradients, are told apart late.
+    These choices help a small model learn. Heads have 64 dimensions, because QK-norm limits how
+    sharply smaller ones attend. One key-value head learns as well as four and costs a quarter less.
+    Matrices have variance 1 / width: transformers' deviation of 0.02 is for widths in the
+    thousands. Embeddings have variance 1 and are not tied to the head. Otherwise all names start
+    almost equal and share most of their gradients, so the model learns late to tell them apart.
     """
     tokenizer = train_tokenizer(texts, config)
     torch.manual_seed(config.seed)
