@@ -68,7 +68,9 @@ class Config:
     sample_rows: int = setting(256, "prompts sampled in one batch")
     # --- training, both stages ----------------------------------------------------------------
     optimizer: str = setting("muon", "'muon' (for matrices; AdamW for the rest) or 'adamw'")
-    micro_batch_tokens: int = setting(2048, "maximum tokens, padding included, in one forward pass")
+    micro_batch_tokens: int = setting(
+        2048, "maximum tokens, padding included, in one training pass"
+    )
     recompute: bool = setting(False, "recompute layers in the backward pass: slower, less memory")
     max_grad_norm: float = setting(1.0, "gradients are clipped to this norm")
     save_every: int = setting(25, "steps between checkpoints, and GRPO's held-out evaluations")
@@ -159,9 +161,8 @@ POSITIVE = (
 RANGES = {name: (1, INF) for name in POSITIVE.split()} | {
     "group_size": (2, INF),  # an episode is compared with its group's mean
     "questions": (0, 10),
-    **{name: (0, INF) for name in ("order", "capacity", "max_reads", "eval_temperature", "kl")},
+    **{name: (0, INF) for name in "order capacity max_reads eval_temperature kl clip_high".split()},
     **{name: (0, 1) for name in ("clip_low", "easy_share", "keep_score", "grpo_decay")},
-    "clip_high": (0, INF),
 }
 
 
@@ -183,7 +184,7 @@ PRESETS = {
     "pretrained": dict(
         questions=0, documents=50, chunk_tokens=2048, top_k=6, max_prompt_tokens=8192,
         max_response_tokens=1024, optimizer="adamw", sft_tasks=400, sft_steps=100, sft_batch=16,
-        sft_lr=1e-5, grpo_steps=100, grpo_lr=1e-6, grpo_decay=0.0, warmup_steps=20, sample_rows=64,
+        sft_lr=1e-5, grpo_steps=100, grpo_lr=1e-6, grpo_decay=0.0, warmup_steps=20, sample_rows=8,
         eval_tasks=50, eval_temperature=0.7, micro_batch_tokens=16384,
     ),
     "paper": dict(
@@ -215,13 +216,14 @@ def parse_args(
         one.add_argument("--from", dest="start", help="start from this run's settings and model")
         if resume:
             one.add_argument("--resume", help="continue this run from its newest checkpoint")
+    first.add_argument("--runs", nargs="*", default=[])  # evaluate.py's: several runs to start from
     for name in ("--name", "--task", "--model"):
         first.add_argument(name, default="")
     for name, keywords in extra:
         parser.add_argument(name, **keywords)
     try:
         early, _ = first.parse_known_args()
-        start = getattr(early, "resume", None) or early.start
+        start = getattr(early, "resume", None) or early.start or next(iter(early.runs), None)
         need(not (start and early.model), "--model is for a new run: --from RUN has its own model")
         if not (start or early.preset or early.model):
             run = Path("runs") / (early.name or early.task or "town")

@@ -34,7 +34,7 @@ from memory import load_embedder
 from policy import load_policy
 from tasks import Task, corpus, held_out_tasks, scoring
 from tasks.demonstrators import Demonstrator, GoldDemonstrator, TownDemonstrator
-from training.checkpoint import latest_checkpoint
+from training.checkpoint import latest_checkpoint, step_name
 from training.tiny import create_policy
 
 
@@ -76,8 +76,9 @@ def open_contestants(config: Config, runs, device, gold: bool = False) -> list[C
     dtype = torch.bfloat16 if config.model and device.type == "cuda" else torch.float32
     found = []
     for label, run in runs:
-        checkpoint = latest_checkpoint(run)
-        print(f"{label}: {checkpoint}")
+        checkpoint, (stage, settings) = latest_checkpoint(run), load_settings(run)
+        if checkpoint.name != step_name(settings[f"{stage}_steps"]):
+            label += f" {checkpoint.name}"  # the run was stopped before its end
         found.append((label, load_policy(checkpoint, config, dtype).to(device)))
     if config.endpoint:
         from tools.server import ServerPolicy  # imported here: only this option needs tools/
@@ -87,7 +88,7 @@ def open_contestants(config: Config, runs, device, gold: bool = False) -> list[C
         found = [(config.model, load_policy(config.model, config, dtype).to(device))]
     elif gold and not runs:
         found = [("", create_policy(config, corpus(config)))]  # for its tokenizer
-    need(found, f"no run in runs/{config.name}: run sft.py first, or give --from RUN or --model")
+    need(found, "there is no model to evaluate: run sft.py first, or give --from RUN or --model")
     return [Contestant("demonstrator" if gold else label, model, gold) for label, model in found]
 
 
@@ -307,8 +308,8 @@ def main():
 
         judge = Judge(config, args.judge, args.judge_endpoint or "")
     variants = ABLATIONS if args.ablate else BASELINES if args.baselines else {"": Variant()}
-    lengths = ["length=1,2,4"] if config.task == "town" and len(variants) == 1 else []
-    changes = parse_sweep(args.sweep or lengths, config)
+    default = config.task == "town" and config.length == 1 and len(variants) == 1
+    changes = parse_sweep(args.sweep or ["length=1,2,4"] * default, config)
     settings = [replace(config, **change) for change in changes]
     need(not (args.runs and config.endpoint), "--runs or --endpoint: give one of them")
     runs = chosen_runs(config, args.start, args.runs)
@@ -319,7 +320,7 @@ def main():
     for contestant, now in itertools.product(contestants, settings):  # bad input fails now
         load_embedder(now.embedder, device)
         contestant.policy(held_out_tasks(now, "test", 1, count), now)
-    print(f"{len(settings) * len(contestants) * len(variants)} rows of {config.eval_tasks} tasks")
+    print(f"{len(settings) * len(contestants) * len(variants)} rows")
     parts = [name for name in ("ablate", "baselines", "gold") if getattr(args, name)]
     rows, out = [], new_file(config, parts + (args.sweep or []))
     for (change, now), contestant in itertools.product(zip(changes, settings), contestants):

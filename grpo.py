@@ -181,15 +181,17 @@ def update_policy(model, reference, samples, counts: dict, optimizers, accelerat
     ]
     if not steps:
         return {}
-    # Sampler and trainer have the same weights only in the first update.
-    return steps[-1] | {name: steps[0][name] for name in ("ratio", "logprob_diff")}
+    # Sampler and trainer have the same weights only in the first update. The mean norm is not
+    # finite if one of them is not.
+    first = {name: steps[0][name] for name in ("ratio", "logprob_diff")}
+    return steps[-1] | first | {"grad_norm": sum(one["grad_norm"] for one in steps) / updates}
 
 
 def train(run: Run, config: Config, args: Namespace):
     """Run the remaining steps, from the run's newest checkpoint or from the starting model."""
     accelerator, embed = run.accelerator, load_embedder(config.embedder, run.accelerator.device)
     start = starting_model(run, config, args.start)
-    need(start, f"there is no {config.folder('sft')} to start from: run sft.py, or give --from RUN")
+    need(start, "there is no model to start from: run sft.py first, or give --from RUN or --model")
     policy = load_policy(start, config)
     train_task = load_tasks(config, "train", policy.count)
     held_out = held_out_tasks(config, "dev", min(100, config.eval_tasks), policy.count)
@@ -210,7 +212,7 @@ def train(run: Run, config: Config, args: Namespace):
         indices = dist.shard(range(first, first + config.tasks_per_step), accelerator)
         tasks = [task for task in map(train_task, indices) for _ in range(config.group_size)]
         episodes = run_episodes(tasks, rollout_model, config, embed, score_function(config), step)
-        rollout_seconds = time.perf_counter() - started
+        rollout_seconds = dist.all_reduce_max(time.perf_counter() - started, accelerator)
         rewards = torch.tensor([episode.reward for episode in episodes])
         advantages = group_advantages(rewards.view(-1, config.group_size))  # (tasks, group), eq. 8
         samples = to_samples(episodes, advantages.flatten().tolist(), keep_all=config.kl > 0)

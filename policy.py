@@ -51,16 +51,12 @@ class LanguageModel(torch.nn.Module):
         check_model(model, tokenizer, config)
         self.model, self.tokenizer, self.config = model, tokenizer, config
         self.temperature = config.temperature if temperature is None else temperature
-        if config.recompute:
+        if config.recompute and not model.is_activation_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
         ends = model.generation_config.eos_token_id or []  # a chat model often has two
         self.end_ids = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
         # A checkpoint may pad its vocabulary. Ids that the tokenizer lacks are never sampled.
         self.known_ids = min(len(tokenizer), model.config.get_text_config().vocab_size)
-
-    @property
-    def device(self) -> torch.device:
-        return self.model.device
 
     def with_config(self, config: Config, temperature: float) -> "LanguageModel":
         """The same weights under other settings, for evaluation."""
@@ -68,7 +64,8 @@ class LanguageModel(torch.nn.Module):
 
     def autocast(self):
         """bf16 on a GPU, in sampling and scoring alike. The weights stay fp32."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
+        device = self.model.device.type
+        return torch.autocast(device, torch.bfloat16, enabled=device == "cuda")
 
     # --- prompts ---
 
@@ -152,12 +149,12 @@ class LanguageModel(torch.nn.Module):
         longest = max(map(len, unique))  # P
         ids = torch.tensor([[0] * (longest - len(row)) + list(row) for row in unique])  # (U, P)
         mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in unique])
-        ids, mask, which = (part.to(self.device) for part in (ids, mask, torch.tensor(which)))
+        ids, mask, which = (part.to(self.model.device) for part in (ids, mask, torch.tensor(which)))
         cache = DynamicCache(config=self.model.config)
         logits = self.next_logits(ids, mask, cache)[which]  # (B, V)
         cache.batch_select_indices(which)
         mask = mask[which]  # (B, P)
-        ends = torch.tensor(sorted(self.end_ids), device=self.device)
+        ends = torch.tensor(sorted(self.end_ids), device=ids.device)
         running = list(range(len(prompts)))  # the index of each row's prompt
         responses = [([], []) for _ in prompts]
         while True:
@@ -222,7 +219,7 @@ class LanguageModel(torch.nn.Module):
         unique, which = unique_rows(sample.key for sample in samples)
         longest = max(len(prompt) + len(response) for prompt, response in unique)  # T
         rows = [[*prompt, *response] for prompt, response in unique]
-        ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=self.device)
+        ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows]).to(self.model.device)
         # Attention is causal: tokens never see the padding on their right, so no mask is needed.
         self.set_recompute()
         with self.autocast():

@@ -34,7 +34,7 @@ def main():
     config, args = parse_args("Build the test tasks of a QA file, and save them.", extra=[out])
     check_new_file("--out", args.out, config.overwrite)
     built = config.task not in ("town", "saved")
-    need(built, f"--task {config.task}: give a QA file's: hotpotqa, 2wikimultihopqa or musique")
+    need(built, "--task has to be that of a QA file: hotpotqa, 2wikimultihopqa or musique")
     build, number = QATasks(config, "test"), config.eval_tasks
     save_tasks(map(build, range(number)), args.out)
     print(f"{number} tasks of {config.documents} documents, saved as {args.out}; next:")

@@ -11,6 +11,7 @@ import json
 import os
 import random
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from sys import intern  # equal texts of different rows are stored once
@@ -112,6 +113,9 @@ def read_rows(path: str, task: str) -> list[Example] | list[Task]:
         message = f"{path}: row {len(rows)} is not in the format of {task}"
         raise BadInput(f"{message}: {error!r}. {SHAPES}.") from error
     need(rows, f"{path}: the file has no rows")
+    ids = Counter(row.id for row in rows) if task == "saved" else {}
+    repeated = [id for id in ids if ids[id] > 1]
+    need(not repeated, f"{path}: several tasks have the id {repeated[:1]}: give each its own")
     return rows
 
 

@@ -243,7 +243,7 @@ def test_grpo_says_where_it_starts(call, monkeypatch, capsys):
         in_each_step(patch, send(signal.SIGTERM, 1))
         call("sft", *TINY, "--name", "short")
     call("grpo", *TINY, "--name", "short", "--grpo_steps", 1)
-    assert "the model is runs/short/sft/step-000001" in capsys.readouterr().out
+    assert "runs/short/grpo starts from runs/short/sft/step-000001" in capsys.readouterr().out
 
 
 # --- what a run folder holds ----------------------------------------------------------------------
@@ -279,10 +279,10 @@ def test_a_kill_before_the_pointers_are_written(call, monkeypatch):
 
 def test_what_a_killed_save_left_behind(call):
     """Bug: files of a save that was killed become part of the next checkpoint."""
-    (SFT / "part").mkdir()
-    (SFT / "part/vocab.json").write_text("{}")
+    (SFT / ".part").mkdir()
+    (SFT / ".part/vocab.json").write_text("{}")
     call("sft", *TINY, "--overwrite", "--sft_steps", 1)
-    assert not (SFT / "part").exists() and not list(SFT.rglob("vocab.json"))
+    assert not (SFT / ".part").exists() and not list(SFT.rglob("vocab.json"))
 
 
 def test_overwriting(call, monkeypatch):
@@ -298,14 +298,42 @@ def test_overwriting(call, monkeypatch):
     call("sft", *TINY, "--overwrite", "--seed", 1)
     assert state(SFT) != before
     call("grpo", *TINY, "--grpo_steps", 1)
-    with pytest.raises(BadInput, match="--overwrite would delete runs/town/grpo"):
-        call("grpo", *TINY, "--from", GRPO, "--overwrite")
+    for start in (["--from", GRPO], ["--model", GRPO / "step-000001"]):
+        with pytest.raises(BadInput, match="--overwrite would delete runs/town/grpo"):
+            call("grpo", *TINY, *start, "--overwrite")
+
+
+def test_an_old_run_survives_until_the_new_one_is_saved(call, monkeypatch):
+    """Bug: --overwrite deletes the old run, and then the disk is too full for the new one."""
+    before = state(SFT), metrics(SFT)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="start again"):
+        patch.setattr("torch.save", Mock(side_effect=OSError("no space left")))
+        call("sft", *TINY, "--overwrite", "--seed", 1)
+    assert (state(SFT), metrics(SFT)) == before
+    call("sft", "--resume", SFT, "--sft_steps", 5)
+
+
+def test_a_tracker_gets_settings_and_metrics(call, monkeypatch):
+    """Bug: --log_with ends in a traceback, because trackers take no lists among the settings."""
+    monkeypatch.setattr("training.checkpoint.Accelerator.log", lambda run, values, step: None)
+    started = Mock()
+    monkeypatch.setattr("training.checkpoint.Accelerator.init_trackers", started)
+    monkeypatch.setattr("accelerate.accelerator.filter_trackers", lambda *_: ["tensorboard"])
+    call("sft", *TINY, "--overwrite", "--log_with", "tensorboard", "--sft_steps", 1)
+    settings = started.call_args.kwargs["config"]
+    assert settings["sft_steps"] == "1"
+    assert all(isinstance(value, (int, float, str, bool)) for value in settings.values())
 
 
 def test_a_kill_while_an_old_run_is_overwritten(call, monkeypatch):
     """Bug: a checkpoint of the old run is resumed with the settings of the new one."""
+
+    def remove(path, ignore_errors=False):
+        if path.name.startswith("step-"):
+            raise KeyboardInterrupt
+
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("shutil.rmtree", Mock(side_effect=KeyboardInterrupt))
+        patch.setattr("shutil.rmtree", remove)
         call("sft", *TINY, "--overwrite", "--seed", 1)
     with pytest.raises(SystemExit):
         call("sft", "--resume", SFT, "--sft_steps", 6)
@@ -395,7 +423,7 @@ def moments(run, rng):
     return [
         lambda: time.monotonic() > end,
         lambda: file.exists() and len(metrics(run)) > lines,
-        (run / "part").exists,
+        (run / ".part").exists,
     ]
 
 
@@ -419,7 +447,7 @@ def test_killed_anywhere(call):
     for kill in range(KILLS):
         when = moments(run, rng)[kill % 3]
         wait_and_kill(start(), when, rng)
-        in_a_save += (run / "part").exists()
+        in_a_save += (run / ".part").exists()
         check_folder(run)
     last = start()
     _, errors = last.communicate()

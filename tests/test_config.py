@@ -123,6 +123,10 @@ def test_a_run_of_the_name_is_the_default_and_announced(parse, capsys):
     assert found("--name mine", ()) == ("mine", top_k, None)
     assert found("--name other") == ("other", top_k, None)
     assert found("--name mine --preset town") == ("mine", top_k, None)
+    # evaluate.py's --runs: the settings of a table are those of the first run
+    flags = [("--runs", dict(nargs="*"))]
+    config, args = parse("--runs runs/mine/sft runs/town/sft", extra=flags, default_runs=stages)
+    assert (config.top_k, args.start) == (3, "runs/mine/sft")
     assert found("--name mine --model m") == ("mine", top_k, None)
     config, args = parse("--name mine --from runs/town/sft", default_runs=stages)
     assert (config.top_k, args.start) == (2, "runs/town/sft")
@@ -167,7 +171,9 @@ def test_saved_settings_come_back(tmp_path, monkeypatch):
     one command over to the next."""
     monkeypatch.chdir(tmp_path)
     config = Config(disable=["read"], seed=7, name="mine", overwrite=True, cpu=True)
-    Run(config, "grpo").prepare_folder()
+    run = Run(config, "grpo")
+    run.folder.mkdir(parents=True)
+    run.write_settings()
     written = json.loads(Path("runs/mine/grpo/config.json").read_text())
     assert written["stage"] == "grpo" and not {"name", "overwrite"} & set(written)
     stage, settings = load_settings("runs/mine/grpo")

@@ -284,6 +284,21 @@ def test_the_run_stops_after_several_bad_steps():
         count_bad_steps({"bad_steps": 2.0}, bad)
 
 
+def test_a_bad_update_before_a_good_one_shows(tiny, monkeypatch):
+    """Bug: of several updates per rollout, only the last one's gradient is looked at (rule 12)."""
+    norms = iter([math.nan, 1.0])
+
+    def fake_step(*_):
+        return {"grad_norm": next(norms), "ratio": 1.0, "logprob_diff": 0.0}
+
+    monkeypatch.setattr(grpo, "grpo_step", fake_step)
+    monkeypatch.setattr(grpo, "with_old_logprobs", lambda model, samples, *_: samples)
+    config = Config(updates_per_rollout=2)
+    counts = {"samples": 1, "num_tokens": 1}
+    metrics = grpo.update_policy(tiny, None, [], counts, [], Accelerator(cpu=True), config)
+    assert count_bad_steps({"bad_steps": 1.0}, metrics) == 2
+
+
 # --- the run --------------------------------------------------------------------------------------
 
 

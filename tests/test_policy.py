@@ -572,6 +572,16 @@ def test_nothing_deprecated_is_called(tmp_path):
 # --- optimisers and micro-batches ---
 
 
+def test_other_settings_leave_the_model_alone(tiny):
+    """Bug: each evaluation of a run with --recompute adds a hook to the model, for ever."""
+    tiny.config.recompute = True
+    tiny.with_config(tiny.config, 0.0)
+    hooks = len(tiny.model.get_input_embeddings()._forward_hooks)
+    for _ in range(3):
+        tiny.with_config(tiny.config, 0.0)
+    assert len(tiny.model.get_input_embeddings()._forward_hooks) == hooks
+
+
 @pytest.mark.parametrize("kind", ["muon", "adamw"])
 def test_every_parameter_has_one_optimiser(tiny, kind):
     """Bug: a parameter in no optimiser never learns; one in two learns twice."""

@@ -345,7 +345,7 @@ def test_the_script_saves_what_evaluation_builds(tmp_path):
     again = build_set(tmp_path, data, out, "--task", "musique")
     assert again.returncode and "--overwrite" in again.stderr and out.read_bytes() == before
     saved_again = build_set(tmp_path, out, tmp_path / "b", "--task", "saved")
-    assert "give a QA file" in saved_again.stderr and "Traceback" not in saved_again.stderr
+    assert "that of a QA file" in saved_again.stderr and "Traceback" not in saved_again.stderr
 
 
 # --- files that cannot be used --------------------------------------------------------------------
@@ -357,6 +357,7 @@ BAD_FILES = [
     (QUESTION % ('"Ben"', '["a"]'), "saved", "must be lists"),
     (QUESTION % ('["a"]', "[3]"), "saved", "row 0 is not in the format of saved"),
     (QUESTION % ('["a"]', '["b"]') + "\n\n{", "saved", "row 1 is not JSON, or not complete"),
+    ("\n".join([QUESTION % ('["a"]', '["b"]')] * 2), "saved", "several tasks have the id"),
     (None, "hotpotqa", "no such file"),
     ("", "hotpotqa", "empty"),
     ("{not json", "hotpotqa", "HotpotQA and 2Wiki files hold a list"),

@@ -10,6 +10,7 @@ and the lines of the file that they come from.
 
 import bisect
 import json
+import random
 import re
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -41,7 +42,7 @@ def answer_questions(questions, file, saved, policy: Policy, embed: Embedder, co
     if not file:
         memory, origins, query = load_memory(saved, config)
     task = Task("ask", tuple(Question(text, ("",)) for text in questions), chunks, chunks)
-    episode = Episode(task, memory, query=query)
+    episode = Episode(task, memory, random.Random(config.seed), query=query)
     if query:
         episode.query_vector = embed([query], query=True)[0]
 
@@ -63,8 +64,7 @@ def answer_questions(questions, file, saved, policy: Policy, embed: Embedder, co
             replace_file(Path(saved), json.dumps(content))
             tqdm.write(f"{len(memory)} entries saved as {saved}")
 
-    total = len(chunks) + len(questions)
-    with tqdm(total=total, unit="turn", disable=None, leave=False) as bar:
+    with tqdm(total=len(chunks) + len(questions), unit="turn", disable=None, leave=False) as bar:
         continue_episodes([episode], policy, config, embed, lambda *_: 0.0, after_turn)
 
 

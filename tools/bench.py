@@ -75,10 +75,7 @@ def rollouts():
     def play(player):
         return run_episodes(tasks, player, config, embed, exact_match)
 
-    peers = {
-        "generate, one response at a time": lambda: play(Generate(policy, 1)),
-        "generate, one batch (TRL without vLLM)": lambda: play(Generate(policy)),
-    }
+    peers = {"generate, one batch (TRL without vLLM)": lambda: play(Generate(policy))}
     compare("rollouts: 8 tasks, 8 episodes each", lambda: play(policy), peers, repeats=3)
 
 

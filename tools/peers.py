@@ -13,27 +13,22 @@ TRL_BATCH = 8  # samples in a micro-batch of TRL's trainers
 
 
 class Generate:
-    """A policy sampled by transformers' generate, `batch` prompts at a time (default: all).
+    """A policy sampled by transformers' generate, with all prompts in one batch.
 
     TRL samples like this without vLLM: left padding, and each response waits for the longest.
     """
 
-    def __init__(self, policy: LanguageModel, batch: int | None = None):
-        self.policy, self.batch = policy, batch
+    def __init__(self, policy: LanguageModel):
+        self.policy = policy
 
     def respond(self, observations: list[Observation]) -> list[Response]:
-        prompts = [ids for _, ids in self.policy.encode(observations)]
-        size = self.batch or len(prompts)
-        batches = [prompts[start : start + size] for start in range(0, len(prompts), size)]
-        return [response for batch in batches for response in self.generate(batch)]
-
-    def generate(self, prompts):
         policy = self.policy
-        ids, mask = (one.to(policy.device) for one in pad(prompts, "left"))  # (B, P)
+        with policy.model.device:
+            ids, mask = pad([ids for _, ids in policy.encode(observations)], "left")  # (B, P)
         end, padding = sorted(policy.end_ids), policy.tokenizer.pad_token_id
         settings = {"do_sample": True, "top_k": 0, "eos_token_id": end, "pad_token_id": padding}
-        settings |= {"max_new_tokens": policy.config.max_response_tokens}
-        sampled = policy.model.generate(ids, attention_mask=mask, **settings)  # (B, P + T)
+        settings |= {"max_new_tokens": policy.config.max_response_tokens, "attention_mask": mask}
+        sampled = policy.model.generate(ids, **settings)  # (B, P + T)
         responses = []
         for row in sampled[:, ids.shape[1] :].tolist():
             ends = [number for number, id in enumerate(row, start=1) if id in policy.end_ids]

@@ -46,12 +46,14 @@ def latest_checkpoint(run) -> Path:
 
 def starting_model(run: "Run", config: Config, start) -> str | Path:
     """The model to load: the run's own checkpoint, else that of --from, else --model (or "")."""
-    if run.checkpoint or not start:
-        return run.checkpoint or config.model
-    same = run.folder.resolve() == Path(start).resolve()
-    need(not same, f"--overwrite would delete {start}, where this run starts: use another --name")
-    run.accelerator.print(f"the model is {latest_checkpoint(start)}")
-    return latest_checkpoint(start)
+    if run.checkpoint:
+        return run.checkpoint
+    model = latest_checkpoint(start) if start else config.model
+    inside = model and Path(model).resolve().is_relative_to(run.folder.resolve())
+    need(not inside, f"--overwrite would delete {model}, where this run starts: use another --name")
+    if model:
+        run.accelerator.print(f"{run.folder} starts from {model}")
+    return model
 
 
 class Run:
@@ -117,29 +119,33 @@ class Run:
             states = torch.load(path, weights_only=True, mmap=is_sharded())
             if states["state"]:
                 state_dict.set_optimizer_state_dict(policy.model, optimizers, states, options=FULL)
-        if self.main:
-            with self.on_disk():
-                self.prepare_folder()
+        if self.config.log_with:  # a tracker takes no lists
+            settings = {name: str(value) for name, value in self.config.saved().items()}
+            self.accelerator.init_trackers("atommem", config=settings)
         if not self.checkpoint:
             self.save()
-        if self.config.log_with:
-            self.accelerator.init_trackers("atommem", config=self.config.saved())
+        elif self.main:
+            with self.on_disk():
+                self.write_settings()
+                self.point_and_prune()
         signals = (signal.SIGINT, signal.SIGTERM)
         self.handlers = {number: signal.signal(number, self.stop) for number in signals}
 
-    def prepare_folder(self):
-        """The main process's part of `begin`. Other files in the folder are left alone."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if self.checkpoint:
-            self.point_and_prune()
-        else:  # config.json is deleted first and written last, so a kill cannot mix two runs
-            for name in ("config.json", "latest", "best"):
-                (self.folder / name).unlink(missing_ok=True)
-            for old in checkpoints(self.folder):
-                shutil.rmtree(old)
-            (self.folder / "metrics.jsonl").write_text("")
+    def write_settings(self):
         settings = {"stage": self.stage} | self.config.saved()
         replace_file(self.folder / "config.json", json.dumps(settings, indent=1) + "\n")
+
+    def replace_old_run(self):
+        """Delete the files of the run that --overwrite replaces, and no others.
+
+        config.json is deleted first and written last, so a kill cannot mix the two runs.
+        """
+        for name in ("config.json", "latest", "best"):
+            (self.folder / name).unlink(missing_ok=True)
+        for old in checkpoints(self.folder):
+            shutil.rmtree(old)
+        (self.folder / "metrics.jsonl").write_text("")
+        self.write_settings()
 
     def stop(self, number, frame):
         """Signal handler: let the step finish. The same signal again has its usual effect."""
@@ -207,14 +213,17 @@ class Run:
 
     def write(self, weights: dict, states: dict):
         """The main process's part of `save`."""
-        part = self.folder / "part"
+        part = self.folder / ".part"
         shutil.rmtree(part, ignore_errors=True)  # a killed save may have left it
         self.policy.save(part, weights)
         torch.save(states, part / "training.pt")
         (part / "progress.json").write_text(json.dumps({"step": self.step, "best": self.best}))
+        if not self.checkpoint:  # only now is there something to put in the place of an old run
+            self.replace_old_run()
         for path in [self.folder / "metrics.jsonl", *part.rglob("*"), part]:
             flush(path)
         part.rename(self.folder / step_name(self.step))
+        flush(self.folder)
         self.point_and_prune()
 
     def point_and_prune(self):
@@ -234,11 +243,10 @@ class Run:
         try:
             yield
         except (OSError, RuntimeError, SafetensorError) as error:  # the last two: a full disk
-            then = f"continue with --resume {self.folder}" if self.checkpoint else "start again"
-            raise SystemExit(
-                f"{self.folder}: step {self.step} could not be saved: {error}\nThe checkpoints "
-                f"before it are intact: {then} when there is room"
-            ) from error
+            kept = f"{self.checkpoint} is intact: continue with --resume {self.folder}"
+            then = kept if self.checkpoint else "start again"
+            what = f"{self.folder}: step {self.step} could not be saved: {error}"
+            raise SystemExit(f"{what}\n{then} when there is room") from error
 
     def finish(self, total: int, next_command: str):
         """Restore the signal handlers, close tracker and process group, print the next command.
@@ -285,7 +293,7 @@ def replace_file(path: Path, text: str):
 
 def flush(path: Path):
     """Make sure that a file, or the names in a folder, are on disk and survive a power cut."""
-    if path.is_dir() and os.name == "nt":  # Windows cannot open a folder
+    if os.name == "nt":  # Windows flushes neither folders nor files opened to be read
         return
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)

@@ -84,8 +84,7 @@ def distribute(policy: LanguageModel, accelerator: Accelerator):
     if not is_sharded():
         policy.to(accelerator.device)
         return accelerator.prepare(policy)
-    version = os.environ.get("FSDP_VERSION")
-    need(version == "2", "accelerate's configuration asks for FSDP1: set fsdp_version: 2")
+    need(os.environ.get("FSDP_VERSION") == "2", "FSDP1 is not supported: set fsdp_version: 2")
     layers = getattr(policy.model.get_decoder(), "layers", None)
     need(layers is not None, f"{type(policy.model).__name__} has no list of layers to shard")
     # accelerate's own FSDP plugin runs on GPUs only; torch's function runs on a CPU as well.

@@ -89,10 +89,7 @@ def lr_factor(step: int, steps: int, warmup: float, decay: float) -> float:
 
 
 def clip_and_step(policy, optimizers: list[torch.optim.Optimizer], max_norm: float) -> float:
-    """Clip the gradient, step, zero it. Returns the norm before clipping.
-
-    If the norm is not finite, the step is skipped.
-    """
+    """Clip and zero the gradient, and step unless it is not finite. Returns its norm before."""
     norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), max_norm)
     norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
     for optimizer in optimizers:
