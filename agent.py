@@ -208,7 +208,7 @@ def build(kind: str, content: str, config: Config) -> Operation:
         if match := NUMBERED[kind].fullmatch(content):
             operation.number, operation.text = int(match[1]), match[2]
         else:
-            operation.error = "not an entry number" + " and a text" * (kind == "update")
+            operation.error = "no entry number" if kind == "delete" else "no entry number and text"
     elif kind == "answer" and config.dialect == "released":
         operation.text = unbox(content)
     if kind in ("create", "read", "answer") and not operation.text and not operation.error:

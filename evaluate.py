@@ -206,7 +206,6 @@ def measure(label: str, episodes: list[Episode], seconds: float, judge=None) -> 
         "seconds": seconds / len(episodes),
     }
     scores = {"em": sum(right), "f1": 0.0, "released": 0.0}
-    scores["low"], scores["high"] = bootstrap(right, counts) * sum(counts)
     for episode in episodes:
         # MuSiQue has no yes-no rule. In a saved set, the task id tells the data set.
         yes_no = not episode.task.id.startswith("musique")
@@ -216,6 +215,7 @@ def measure(label: str, episodes: list[Episode], seconds: float, judge=None) -> 
     if judge:
         scores["judge"] = judge(episodes)
     row |= {name: 100 * float(total) / sum(counts) for name, total in scores.items()}
+    row["low"], row["high"] = (100 * bootstrap(right, counts)).tolist()
     shown = [len(t.observation.chunk) / len(e.task.context) for e, t in turns if e.task.context]
     return row | {"label": label + (f" ({np.mean(shown):.0%} of it)" if shown else "")}
 
@@ -320,7 +320,6 @@ def main():
     for contestant, now in itertools.product(contestants, settings):  # bad input fails now
         load_embedder(now.embedder, device)
         contestant.policy(held_out_tasks(now, "test", 1, count), now)
-    print(f"{len(settings) * len(contestants) * len(variants)} rows")
     parts = [name for name in ("ablate", "baselines", "gold") if getattr(args, name)]
     rows, out = [], new_file(config, parts + (args.sweep or []))
     for (change, now), contestant in itertools.product(zip(changes, settings), contestants):

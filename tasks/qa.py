@@ -51,14 +51,15 @@ def hotpot_example(row: dict) -> Example:
         numbers = [number for number in wanted.get(title, ()) if number < len(sentences)]
         support += [(title, sentences[number]) for number in numbers if sentences[number]]
     complete = set(wanted) <= {title for title, _ in row["context"]}
-    return make_example(row["question"], [row["answer"]], support, gold * complete, rest)
+    return make_example(row["question"], [row["answer"]], support, gold if complete else [], rest)
 
 
 def musique_example(row: dict) -> Example:
     """A row of MuSiQue-Ans. Its support: for each hop, the first sentence with the hop's answer."""
     texts, gold = {}, []  # texts: idx -> (title, text)
     for one in row["paragraphs"]:
-        texts[one["idx"]] = title, text = one["title"], " ".join(one["paragraph_text"].split())
+        title, text = one["title"], " ".join(one["paragraph_text"].split())
+        texts[one["idx"]] = (title, text)
         if one["is_supporting"]:
             gold.append(f"{title}\n{text}")
     support = []
