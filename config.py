@@ -131,12 +131,6 @@ class Config:
         need(self.temperature > 0, "--temperature must be above 0: training has to sample")
         for name in ("clip_low", "easy_share"):
             need(getattr(self, name) < 1, f"--{name} must be below 1")
-        longest = self.chunk_tokens + 2 * self.max_response_tokens + 512
-        need(
-            town or longest <= self.max_prompt_tokens,
-            f"--max_prompt_tokens {self.max_prompt_tokens} is too small: a chunk, a scratchpad, a "
-            f"query and the questions take up to {longest} (for a QA set try --preset qa)",
-        )
 
     def enabled(self, operation: str) -> bool:
         """Whether `operation`, one of OPERATIONS, is switched on."""

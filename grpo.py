@@ -33,7 +33,7 @@ from accelerate import Accelerator
 from agent import Episode, observe, run_episodes
 from config import Config, need, parse_args
 from memory import Memory, load_embedder
-from policy import Sample, load_policy
+from policy import LanguageModel, Sample, load_policy
 from tasks import held_out_tasks, load_tasks
 from tasks.scoring import score_function, summarize, tally
 from training import distributed as dist
@@ -118,8 +118,8 @@ def with_old_logprobs(model, samples, accelerator: Accelerator, config: Config) 
 
 
 def grpo_step(
-    model,
-    reference,
+    model: torch.nn.Module,
+    reference: LanguageModel | None,
     samples: list[Sample],
     num_tokens: int,
     optimizers: list[torch.optim.Optimizer],

@@ -140,7 +140,7 @@ class LanguageModel(torch.nn.Module):
                 )
         return [responses[row] for row in range(len(observations))]
 
-    def sample(self, prompts: list[list[int]], rngs: list[random.Random]):
+    def sample(self, prompts: list[list[int]], rngs: list[random.Random]) -> list[tuple]:
         """[(ids, log-probs)]: one response per prompt, drawn with that prompt's generator.
 
         Equal prompts are read once and then fanned out. A row that has ended leaves the batch.
@@ -173,7 +173,7 @@ class LanguageModel(torch.nn.Module):
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
             logits = self.next_logits(tokens[:, None], mask, cache)
 
-    def next_logits(self, ids, mask, cache):
+    def next_logits(self, ids: torch.Tensor, mask: torch.Tensor, cache) -> torch.Tensor:
         """Logits (B, V) of the token after `ids` (B, t). mask: (B, cached + t), 0 on padding."""
         position = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         with self.autocast():
@@ -186,7 +186,7 @@ class LanguageModel(torch.nn.Module):
                 logits_to_keep=1,
             ).logits[:, -1]
 
-    def draw(self, logits, rngs):
+    def draw(self, logits: torch.Tensor, rngs: list) -> tuple[torch.Tensor, torch.Tensor]:
         """Draw a token per row: ids (B,), log-probs (B,). SystemExit if one is not finite."""
         logits = self.scaled(logits)  # (B, V)
         total = logits.logsumexp(-1, keepdim=True)  # (B, 1)
@@ -206,7 +206,7 @@ class LanguageModel(torch.nn.Module):
             token = torch.searchsorted(cumulative, threshold, right=True).to(logits.device)
         return token[:, 0], (logits.gather(1, token) - total)[:, 0]
 
-    def scaled(self, logits):
+    def scaled(self, logits: torch.Tensor) -> torch.Tensor:
         """fp32 logits (..., known ids), divided by the temperature, of ids the tokenizer knows."""
         logits = logits[..., : self.known_ids]
         return logits.to(torch.promote_types(logits.dtype, torch.float32)) / (self.temperature or 1)
@@ -234,7 +234,7 @@ class LanguageModel(torch.nn.Module):
         logprobs, entropy = logprobs.split(sizes), entropy.split(sizes)
         return torch.cat([logprobs[i] for i in which]), torch.cat([entropy[i] for i in which])
 
-    def score_tokens(self, hidden, targets):
+    def score_tokens(self, hidden: torch.Tensor, targets: torch.Tensor) -> tuple:
         """Log-probs (n,), entropies (n,), in slices: the logits (n, V) are never all in memory."""
         size = max(1, LOGIT_SLICE // self.known_ids)
         parts = zip(hidden.split(size), targets.split(size))
@@ -245,7 +245,7 @@ class LanguageModel(torch.nn.Module):
         logprobs, entropies = zip(*scored)
         return torch.cat(logprobs), torch.cat(entropies)
 
-    def score_slice(self, hidden, targets):
+    def score_slice(self, hidden: torch.Tensor, targets: torch.Tensor) -> tuple:
         with self.autocast():
             logits = self.model.get_output_embeddings()(hidden)
         logits = self.scaled(logits)  # (n, V)
@@ -316,7 +316,8 @@ def fit(observation: Observation, num_tokens: Callable, limit: int) -> Observati
         else:
             raise BadInput(
                 f"the text and questions alone make a prompt of {tokens} tokens, longer than "
-                f"--max_prompt_tokens {limit}: raise it, or lower --chunk_tokens or --questions"
+                f"--max_prompt_tokens {limit}: raise it (for QA files: --preset qa), or lower "
+                "--chunk_tokens or --questions"
             )
     return observation
 

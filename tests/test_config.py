@@ -59,7 +59,6 @@ def write_run(folder, stage="sft", **settings):
         (dict(clip_low=1.0), "--clip_low"),
         (dict(easy_share=1.0), "--easy_share"),
         (dict(grpo_decay=1.5), "--grpo_decay"),
-        (dict(task="musique", data="x", max_prompt_tokens=900), "--max_prompt_tokens"),
     ],
 )
 def test_contradictions_fail_at_once(settings, complaint):

@@ -259,6 +259,12 @@ def test_ctrl_c_leaves_a_usable_checkpoint(call, tmp_path):
         ("sft", "--disable forget", 2, "--disable 'forget' is not one of"),
         ("sft", "--from runs/none", 2, "runs/none is not a run folder"),
         ("sft", "--max_prompt_tokens 20", 1, "--max_prompt_tokens 20"),
+        (
+            "sft",
+            f"--task hotpotqa --data {DATA / 'hotpotqa.json'} --documents 10",
+            1,
+            "--preset qa",
+        ),
         ("sft", "--model ./no-such-model", 1, "./no-such-model: there is no such folder"),
         ("sft", "--preset qa --task hotpotqa --data none.json", 1, "none.json: no such file"),
         ("sft", "--log_with abacus", 2, "--log_with 'abacus' is not one of"),
