@@ -227,6 +227,8 @@ def parse_args(
                 print(f"starting from {start}")
         saved = load_settings(start)[1] if start else {}
         parser.set_defaults(**PRESETS[early.preset or "town"] | saved)
+        if start and Path(start).parent.parent.name == "runs":  # runs/NAME/STAGE
+            parser.set_defaults(name=Path(start).parent.name)
         values = vars(parser.parse_args())
         values["start"] = start
         names = [one.name for one in dataclasses.fields(Config)]

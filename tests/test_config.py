@@ -117,6 +117,9 @@ def test_a_run_of_the_name_is_the_default_and_announced(parse, capsys):
     assert found("--name mine") == ("mine", 9, "runs/mine/grpo")
     assert found("--name mine", ("sft",)) == ("mine", 3, "runs/mine/sft")
     assert found("--name mine --top_k 5") == ("mine", 5, "runs/mine/grpo")
+    # A run that is named by its folder keeps its name, but for --name.
+    assert parse("--from runs/mine/sft", default_runs=stages)[0].name == "mine"
+    assert parse("--from runs/mine/sft --name b", default_runs=stages)[0].name == "b"
     # Nothing is picked up for another name, or beside a preset or a model.
     top_k = Config().top_k
     assert found("--name mine", ()) == ("mine", top_k, None)
