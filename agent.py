@@ -54,9 +54,9 @@ class Operation:
 
 @dataclass(frozen=True)
 class Observation:
-    """What the policy sees. Reading: `chunk` is set. Answering: `question` is set."""
+    """What the policy sees. `chunk` is set while reading, `question` (or both) while answering."""
 
-    questions: tuple[str, ...]  # all the task's questions
+    questions: tuple[str, ...]  # all the task's questions; shown only while reading
     scratchpad: str
     query: str  # the standing query; "" before the first Read
     entries: tuple[Entry, ...]  # retrieved for the query; entries[i - 1] is shown as number i

@@ -235,6 +235,8 @@ def parse_args(
         config = Config(**{name: values.pop(name) for name in names})
         if resume and early.resume:
             check_resume(early, config, saved)
+        need(early.preset != "pretrained" or config.model or start, "this preset needs a --model")
+        need(early.preset != "qa" or config.data, "--preset qa needs --task and --data: a QA file")
     except BadInput as error:
         parser.error(str(error))
     return config, Namespace(**values)

@@ -171,7 +171,7 @@ def grpo_step(
 
 def update_policy(model, reference, samples, counts: dict, optimizers, accelerator, config) -> dict:
     """Collective: the optimiser steps on one rollout, eq. 9. Returns their metrics."""
-    updates = config.updates_per_rollout if counts["samples"] else 0  # else every group is dead
+    updates = config.updates_per_rollout if counts["samples"] else 0  # none: all dead or all cut
     if updates > 1:
         samples = with_old_logprobs(model, samples, accelerator, config)
     num_tokens = counts["num_tokens"]
@@ -191,18 +191,18 @@ def train(run: Run, config: Config, args: Namespace):
     """Run the remaining steps, from the run's newest checkpoint or from the starting model."""
     accelerator, embed = run.accelerator, load_embedder(config.embedder, run.accelerator.device)
     start = starting_model(run, config, args.start)
-    need(start, "there is no model to start from: run sft.py first, or give --from RUN or --model")
+    need(start, "no model to start from: run sft.py (--preset ignores its run), or give --from RUN")
     policy = load_policy(start, config)
     train_task = load_tasks(config, "train", policy.count)
     held_out = held_out_tasks(config, "dev", min(100, config.eval_tasks), policy.count)
     # Raises BadInput now, not after a rollout, if a task does not fit a prompt.
     policy.encode([observe(Episode(task, Memory()), config) for task in held_out])
-    model = dist.distribute(policy, accelerator)
+    model = dist.distribute(policy, accelerator)  # what the gradient forward calls
     optimizers = make_optimizers(policy, config.optimizer)
     rollout_model = dist.make_rollout_model(policy, accelerator)
     run.begin(policy, optimizers)
     reference = None
-    if config.kl:
+    if config.kl:  # the policy that this run started from, kept as its first checkpoint
         dtype = dist.copy_dtype(accelerator) if dist.is_sharded() else torch.float32
         reference = load_policy(run.folder / step_name(0), config, dtype)
         reference.to(accelerator.device).requires_grad_(False)

@@ -1,7 +1,7 @@
 """The language model: load it, sample responses, score tokens, save it.
 
 Letters: B rows, U unique rows, P longest prompt, T longest prompt + response, N response tokens of
-all rows, D width, V vocabulary.
+all rows, n of the unique rows, D width, V vocabulary.
 """
 
 import random

@@ -1,6 +1,9 @@
 """A new reward: the share of right answers, minus 0.02 for each entry in the store at the end.
 
-python -m forks.frugal --from runs/town/sft --name frugal
+    python -m forks.frugal --from runs/town/sft --name frugal
+    python -m forks.frugal --resume runs/frugal/grpo
+
+Do not resume it with grpo.py, which has the plain reward.
 """
 
 import grpo

@@ -5,6 +5,7 @@ scratchpad, where it is always shown.
     python -m forks.pin grpo --name pin
     python -m forks.pin evaluate --name pin
 
+Always use these commands, also to resume: the plain scripts do not know the operation.
 A pretrained model is told about it in its instruction. The tiny model learns only from
 demonstrations, so it also needs a demonstrator that pins: see tasks/demonstrators.py.
 """
@@ -15,6 +16,7 @@ import agent
 import evaluate
 import grpo
 import sft
+from config import need
 
 agent.TAGS["paper"]["pin"] = "pin_memory"
 agent.USAGE["pin"] = "<{tag}>{number}</{tag}> copies entry #2 into your scratchpad."
@@ -36,4 +38,5 @@ def execute_with_pin(operation, episode, observation, vectors):
 agent.execute = execute_with_pin
 
 if __name__ == "__main__":
+    need(len(sys.argv) > 1, "say which script: sft, grpo or evaluate")
     {"sft": sft, "grpo": grpo, "evaluate": evaluate}[sys.argv.pop(1)].main()

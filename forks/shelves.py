@@ -39,6 +39,7 @@ def main():
         need(not path.exists(), f"{path} exists: delete it first, or go to another folder")
         lines = [json.dumps(make_task(rng, f"{split}-{index}")) for index in range(number)]
         path.write_text("\n".join(lines) + "\n")
+        print(f"{number} tasks written to {path}")
 
 
 if __name__ == "__main__":

@@ -86,9 +86,9 @@ def test_later_sources_win(parse):
     assert values("") == (default.top_k, default.hidden_size, default.grpo_lr, default.layers)
     assert values("--top_k 5") == (5, *values("")[1:])
     preset = PRESETS["pretrained"]
-    assert values("--preset pretrained")[::2] == (preset["top_k"], preset["grpo_lr"])
-    assert values("--preset pretrained")[1::2] == (default.hidden_size, default.layers)
-    assert values("--preset pretrained --grpo_lr 2")[::2] == (preset["top_k"], 2)
+    assert values("--preset pretrained --model m")[::2] == (preset["top_k"], preset["grpo_lr"])
+    assert values("--preset pretrained --model m")[1::2] == (default.hidden_size, default.layers)
+    assert values("--preset pretrained --model m --grpo_lr 2")[::2] == (preset["top_k"], 2)
     assert values(f"--from {run}") == (3, 64, 0.5, default.layers)
     assert values(f"--preset pretrained --from {run} --top_k 5") == (5, 64, 0.5, default.layers)
 

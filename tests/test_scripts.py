@@ -290,4 +290,4 @@ def test_bad_input_in_a_shell(tmp_path):
     process = start("grpo.py", folder=tmp_path)
     out, errors = process.communicate()
     assert process.returncode == 1 and not out and "Traceback" not in errors
-    assert errors.strip().splitlines()[-1].startswith("there is no model to start from")
+    assert errors.strip().splitlines()[-1].startswith("no model to start from")

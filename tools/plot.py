@@ -1,7 +1,8 @@
-"""The learning curves of GRPO runs as a picture. Needs matplotlib.
+"""The learning curves of GRPO runs as a picture.
 
-python -m tools.plot runs/town/grpo/metrics.jsonl                 draws curves.png
-python -m tools.plot results/seed4?/grpo.jsonl --out seeds.png    the mean and range of 3 runs
+    python -m tools.plot results/seed4?/grpo.jsonl      draws curves.png: mean and range of 3 runs
+
+It needs matplotlib.
 """
 
 import json
