@@ -18,9 +18,8 @@ Each step, as in the paper's eqs. 8 and 9:
 
 Our choices where the paper is silent: a turn that is cut at the token limit counts in the reward,
 but its tokens are left out of the loss and of N. A group with equal rewards has no gradient. Its
-samples are skipped, unless the KL term needs them, but its tokens stay in N. Not used: division by
-the standard deviation, an entropy bonus, a critic. With one update per rollout, pi_old is pi
-itself: rho is 1, but its gradient is not 0.
+samples are skipped, unless the KL term needs them, but its tokens stay in N. No entropy bonus, no
+critic. With one update per rollout, pi_old is pi itself: rho is 1, but its gradient is not 0.
 """
 
 import time
@@ -61,10 +60,11 @@ def policy_loss(
 ) -> torch.Tensor:
     """-min(rho A, clip(rho) A) of each token, the clipped surrogate of eq. 9. All shapes (n,).
 
-    >>> new, old = torch.tensor([0.5, 0.5, 0.5, 0.2]).log(), torch.tensor([0.5, 0.25, 0.25, 0.5]).log()
+    >>> new = torch.tensor([0.5, 0.5, 0.5, 0.2]).log()
+    >>> old = torch.tensor([0.5, 0.25, 0.25, 0.5]).log()
     >>> policy_loss(new, old, torch.tensor([1.0, 1.0, -1.0, -1.0]), 0.2, 0.28)  # rho: 1, 2, 2, 0.4
     tensor([-1.0000, -1.2800,  2.0000,  0.8000])
-    """  # noqa: E501
+    """
     ratio = (logprobs - old).exp()
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
     return -torch.minimum(ratio * advantages, clipped * advantages)
