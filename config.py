@@ -28,7 +28,7 @@ class BadInput(SystemExit, ValueError):
     """The user's mistake in one sentence. Uncaught, it ends a script without a traceback."""
 
 
-def setting(default, help: str):
+def setting(default: object, help: str):
     """A dataclass field. `help` documents it here and in --help."""
     make = {"default_factory": lambda: list(default)} if isinstance(default, list) else {}
     make = make or {"default": default}
@@ -160,7 +160,7 @@ RANGES = {name: (1, INF) for name in POSITIVE.split()} | {
 }
 
 
-def need(condition, message: str):
+def need(condition: object, message: str):
     """Raises BadInput with `message` unless the condition holds."""
     if not condition:
         raise BadInput(message)
@@ -252,7 +252,7 @@ def check_resume(args: Namespace, config: Config, saved: dict):
     need(not changed, f"--resume: that run has another --{', --'.join(changed)}; {may}")
 
 
-def load_settings(run) -> tuple[str, dict]:
+def load_settings(run: str | Path) -> tuple[str, dict]:
     """(stage, settings) of a run folder. Raises BadInput if `run` is not one."""
     path = Path(run) / "config.json"
     try:
@@ -268,7 +268,7 @@ def load_settings(run) -> tuple[str, dict]:
     return stage, values
 
 
-def check_new_file(flag: str, path, overwrite: bool):
+def check_new_file(flag: str, path: str | Path, overwrite: bool):
     """Raises BadInput if the file given by `flag` has no folder, or may not be overwritten."""
     path = Path(path)
     need(path.absolute().parent.is_dir(), f"{flag} {path}: there is no folder {path.parent}")

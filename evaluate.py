@@ -58,7 +58,7 @@ class Contestant:
         return GoldDemonstrator(tasks, config, model)
 
 
-def chosen_runs(config: Config, start, runs=()) -> list[tuple[str, Path]]:
+def chosen_runs(config: Config, start: str | None, runs=()) -> list[tuple[str, Path]]:
     """[(label, run folder)]: --runs, else `start` (--from). runs/NAME/grpo comes with its sft."""
     if runs:
         return [(run, Path(run)) for run in runs]
@@ -70,7 +70,7 @@ def chosen_runs(config: Config, start, runs=()) -> list[tuple[str, Path]]:
     return [(load_settings(start)[0], Path(start))]
 
 
-def open_contestants(config: Config, runs, device, gold: bool = False) -> list[Contestant]:
+def open_contestants(config: Config, runs: list, device, gold: bool = False) -> list[Contestant]:
     """The models of `runs` (see chosen_runs), else --model. Raises BadInput if there is none."""
     # On a GPU a pretrained model is in bf16: autocast would convert its weights for each token.
     dtype = torch.bfloat16 if config.model and device.type == "cuda" else torch.float32
@@ -92,7 +92,7 @@ def open_contestants(config: Config, runs, device, gold: bool = False) -> list[C
     return [Contestant("demonstrator" if gold else label, model, gold) for label, model in found]
 
 
-def check_unseen(config: Config, runs):
+def check_unseen(config: Config, runs: list[tuple[str, Path]]):
     """Raises BadInput if one of `runs` was trained on --data."""
     for _, run in runs:
         seen = load_settings(run)[1]["data"]
@@ -183,7 +183,7 @@ def play(name, contestant: Contestant, how: Variant, config: Config, tasks, embe
 
 
 # --- figures --------------------------------------------------------------------------------------
-def bootstrap(sums, counts, samples: int = 2000, seed: int = 0) -> np.ndarray:
+def bootstrap(sums: list, counts: list, samples: int = 2000, seed: int = 0) -> np.ndarray:
     """95 % interval (low, high) of sum(sums) / sum(counts) over resampled tasks. Both: (tasks,)."""
     drawn = np.random.default_rng(seed).integers(0, len(sums), (samples, len(sums)))
     return np.percentile(np.take(sums, drawn).sum(1) / np.take(counts, drawn).sum(1), [2.5, 97.5])

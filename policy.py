@@ -263,7 +263,7 @@ class LanguageModel(torch.nn.Module):
 
     # --- files ---
 
-    def save(self, folder, weights: dict | None = None):
+    def save(self, folder: str | Path, weights: dict | None = None):
         """Write a folder for from_pretrained. weights: a state dict to save instead of its own."""
         self.model.save_pretrained(folder, state_dict=weights)
         self.tokenizer.save_pretrained(folder)
@@ -322,7 +322,7 @@ def fit(observation: Observation, num_tokens: Callable, limit: int) -> Observati
     return observation
 
 
-def load_policy(name, config: Config, dtype=torch.float32) -> LanguageModel:
+def load_policy(name: str | Path, config: Config, dtype=torch.float32) -> LanguageModel:
     """Load a policy by folder or hub name. Training needs fp32. Raises BadInput if it cannot."""
     try:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)

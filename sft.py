@@ -99,7 +99,7 @@ def batches(parts: list[tuple[float, Iterator]], config: Config) -> Iterator[lis
         step = until
 
 
-def passes(blocks, rng: random.Random) -> Iterator[Sample]:
+def passes(blocks: Iterator, rng: random.Random) -> Iterator[Sample]:
     """Yields samples without end. The first pass shuffles each block on its own, so that blocks are
     made when they are needed. Later passes shuffle all samples together."""
     samples = []

@@ -16,7 +16,7 @@ from tasks import Task
 from tasks.qa import QATasks
 
 
-def save_tasks(tasks: Iterable[Task], path):
+def save_tasks(tasks: Iterable[Task], path: str):
     """Write tasks as a saved set. Chunks are not saved: they are cut when the set is read."""
     with open(f"{path}.part", "w", encoding="utf-8") as file:
         for task in tasks:

@@ -51,7 +51,7 @@ class Demonstrator:
         methods = [self.read if one.question is None else self.answer for one in observations]
         return [Response(method(one)) for method, one in zip(methods, observations)]
 
-    def write(self, kind: str, text) -> str:
+    def write(self, kind: str, text: object) -> str:
         """The operation as text, in the tags of the configured dialect."""
         if self.config.dialect == "released":
             shapes = {"answer": "\\boxed{{{}}}", "update": "Memory {}", "delete": "Memory {}"}
@@ -230,7 +230,7 @@ def read_jsonl_log(path: Path, mark: str) -> list[dict]:
     return rows
 
 
-def read_file(path) -> tuple[dict, list[dict]]:
+def read_file(path: str | Path) -> tuple[dict, list[dict]]:
     """(settings, lines) of a file of demonstrations. Raises BadInput for a malformed line."""
     path = Path(path)
     need(path.is_file(), f"{path}: no such file; tools/teach.py writes one")

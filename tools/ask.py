@@ -101,7 +101,7 @@ def read_chunks(path: Path, config: Config, count: Count) -> tuple[tuple[str, ..
     return chunks, lines
 
 
-def load_memory(path, config: Config) -> tuple[Memory, dict[str, str], str]:
+def load_memory(path: str, config: Config) -> tuple[Memory, dict[str, str], str]:
     """(memory, {id: where its text comes from}, standing query) of a saved file."""
     need(Path(path).is_file(), f"--memory {path}: no such file; with a --file to read, it is made")
     try:

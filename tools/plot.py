@@ -22,7 +22,7 @@ PANELS = {
 }
 
 
-def read_metrics(file) -> list[dict]:
+def read_metrics(file: str) -> list[dict]:
     """The steps of a GRPO run, without a torn last line. Raises BadInput if `file` has none."""
     try:
         steps = [json.loads(line) for line in Path(file).read_text().split("\n")[:-1]]
@@ -32,7 +32,7 @@ def read_metrics(file) -> list[dict]:
     return steps
 
 
-def draw_curves(files, out):
+def draw_curves(files: list[str], out: str):
     """Draw the panels above against the GRPO steps: the mean and the range over `files`."""
     try:
         import matplotlib.pyplot as plt

@@ -75,7 +75,7 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
-def write_page(played: list[tuple[str, list[Episode]]], dialect: str, out):
+def write_page(played: list[tuple[str, list[Episode]]], dialect: str, out: str):
     """Write one page that replays episodes. played: (label, episodes), the same tasks in each."""
     rows = [[describe(episode) for episode in episodes] for _, episodes in played]
     labels, tags = (

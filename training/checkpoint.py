@@ -32,19 +32,19 @@ FULL = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)
 STEP = re.compile(r"step-\d{6,}")
 
 
-def checkpoints(run) -> list[Path]:
+def checkpoints(run: str | Path) -> list[Path]:
     """The checkpoints of a run folder, oldest first. All are complete: they were renamed last."""
     return [path for path in sorted(Path(run).glob("step-*")) if STEP.fullmatch(path.name)]
 
 
-def latest_checkpoint(run) -> Path:
+def latest_checkpoint(run: str | Path) -> Path:
     """The newest checkpoint of a run folder, for from_pretrained. Raises BadInput if none."""
     found = checkpoints(run)
     need(found, f"{run} has no checkpoint: there is no folder such as {run}/{step_name(25)}")
     return found[-1]
 
 
-def starting_model(run: "Run", config: Config, start) -> str | Path:
+def starting_model(run: "Run", config: Config, start: str | Path | None) -> str | Path:
     """The model to load: the run's own checkpoint, else that of --from, else --model (or "")."""
     if run.checkpoint:
         return run.checkpoint
@@ -70,7 +70,7 @@ class Run:
     of finished steps. Raises BadInput if the folder is taken or cannot be used.
     """
 
-    def __init__(self, config: Config, stage: str, resume=None):
+    def __init__(self, config: Config, stage: str, resume: str | Path | None = None):
         self.config, self.stage = config, stage
         self.folder = Path(resume or config.folder(stage))
         self.name = self.folder.resolve().parent.name  # the --name of a run in runs/

@@ -33,7 +33,7 @@ from training.optim import micro_batches
 IDLE = Sample([0], [])  # no response tokens, so it adds nothing to any sum
 
 
-def shard(items, accelerator: Accelerator) -> list:
+def shard(items: list | range, accelerator: Accelerator) -> list:
     """This process's part of `items`. `items` is the same in all processes."""
     return list(items[accelerator.process_index :: accelerator.num_processes])
 
