@@ -169,7 +169,7 @@ def main():
     config, args = parse_args("Supervised fine-tuning on demonstrations.", resume=True)
     run = Run(config, "sft", args.resume)
     train(run, config, args)
-    run.finish(config.sft_steps, f"python grpo.py --name {run.name}")
+    run.finish(config.sft_steps, f"python grpo.py --name {config.name}")
 
 
 if __name__ == "__main__":

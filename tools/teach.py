@@ -11,18 +11,16 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
 from agent import Episode, Policy, observe, render, run_episodes
 from config import Config, check_new_file, need, parse_args
+from evaluate import open_contestants
 from memory import Embedder, Memory, load_embedder
-from policy import load_policy
 from tasks import load_tasks
 from tasks.demonstrators import RECORDED, read_file
 from tasks.scoring import score_function
-from tools.server import ServerPolicy
 
 
 def record(teacher: Policy, stream: Callable, config: Config, embed: Embedder) -> list[float]:
@@ -65,11 +63,8 @@ def main():
     need(config.demonstrations, "--demonstrations FILE is missing: the file for the episodes")
     check_new_file("--demonstrations", config.demonstrations, overwrite=True)  # it is continued
     device = Accelerator(cpu=config.cpu).device
-    if config.endpoint:
-        teacher = ServerPolicy(config, config.temperature)
-    else:
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        teacher = load_policy(config.model, config, dtype).to(device)
+    [contestant] = open_contestants(config, [], device)
+    teacher = contestant.model.with_config(config, config.temperature)
     stream = load_tasks(config, "train", teacher.count)
     # Raises BadInput, before long work, if a prompt cannot fit.
     teacher.shorten(observe(Episode(stream(0), Memory()), config))

@@ -73,7 +73,6 @@ class Run:
     def __init__(self, config: Config, stage: str, resume: str | Path | None = None):
         self.config, self.stage = config, stage
         self.folder = Path(resume or config.folder(stage))
-        self.name = self.folder.resolve().parent.name  # the --name of a run in runs/
         self.step, self.metrics, self.best = 0, {}, None  # best: [held-out EM, step]
         self.recent = deque(maxlen=10)  # the main metric of the last steps
         self.stopping = False
