@@ -120,7 +120,6 @@ class Policy(Protocol):
 
 
 # --- prompts --------------------------------------------------------------------------------------
-
 USAGE = {
     "create": "<{tag}>a fact</{tag}> stores it as a new entry.",
     "read": "<{tag}>a query</{tag}> shows the best matching entries from the next turn on.",
@@ -161,42 +160,49 @@ def render(observation: Observation) -> str:
     lines.append(f"Scratchpad: {observation.scratchpad}")
     lines += [f"#{number} {entry.text}" for number, entry in enumerate(observation.entries, 1)]
     lines.append(f"Query: {observation.query}")
-    return "\n".join(lines)
+    return "\n".join(lines).strip()  # many chat templates strip it
 
 
 # --- the grammar ----------------------------------------------------------------------------------
-
-TAG = re.compile(r"<(/?)([a-z_]{1,24})>")  # bounded, so that matching is linear in the text
-NUMBERED = {
-    "update": re.compile(r"(?:Memory\s+)?([0-9]{1,6})\s*:\s*(.+)", re.DOTALL),
-    "delete": re.compile(r"(?:Memory\s+)?([0-9]{1,6})()"),
-}
+# Capitals and attributes are accepted. Everything is bounded, so matching is linear in the text.
+TAG = re.compile(r"<(\s?/?\s?)(\w{1,24})([^<>]{0,200})(>?)")
+ENTRY = r"(?i:memory|entry)?\s*[#\[]?([0-9]{1,6})\]?"  # 2, #2, [2], Memory 2
+NUMBERED = {"update": re.compile(rf"(?s){ENTRY}\s*:\s*(.+)"), "delete": re.compile(ENTRY + "()")}
+BOXED = re.compile(r"\\boxed(?:\{((?:[^{}]|\{[^{}]*\})*)\}| ([^$]*))")
 
 
 def parse(text: str, config: Config) -> list[Operation]:
     """The operations that a response asks for, in order. Invalid ones carry an `error`.
 
-    Text outside tags is ignored. A tag that never closes ends where the next one opens. Tags do
-    not nest: inside an operation only its own closing tag, or another opening tag, counts.
+    Thoughts and text outside tags are ignored. A tag that never closes ends where the next one
+    opens. Tags do not nest: an operation ends at its own closing tag or at another opening tag.
     """
+    text = without_thoughts(text)
     kinds = {tag: kind for kind, tag in TAGS[config.dialect].items()}
     operations, kind, start = [], None, 0  # the open tag; where its content starts
     for match in TAG.finditer(text):
-        closing, found = match[1] == "/", kinds.get(match[2], "unknown")
-        if closing and found == kind:
+        slash, name, rest, end = match.groups()
+        exact = not rest or rest[0].isspace()  # attributes are ignored: <create_memory id="1">
+        closing, found = "/" in slash, kinds.get(name.lower(), "unknown") if exact else "unknown"
+        if found == "unknown" and (not end or slash[:1].isspace()):
+            continue  # a less-than sign
+        if closing and end and found == kind:
             operations.append(build(kind, text[start : match.start()].strip(), config))
             kind = None
-        elif closing or found == "unknown":
-            if kind is None:
-                error = "a closing tag alone" if closing else "unknown tag"
-                operations.append(Operation(found, match[0], error=error))
-        else:
+        elif found != "unknown" and end and not closing:
             if kind is not None:
                 operations.append(Operation(kind, error="never closed"))
             kind, start = found, match.end()
+        elif kind is None:
+            operations.append(Operation(found, match[0], error="unknown tag, or only half of one"))
     if kind is not None:
         operations.append(Operation(kind, error="never closed"))
     return operations
+
+
+def without_thoughts(text: str) -> str:
+    """What follows the last </think>. A template may have opened <think> in the prompt."""
+    return text.rpartition("</think>")[2].partition("<think>")[0]  # the second: cut off in thought
 
 
 def build(kind: str, content: str, config: Config) -> Operation:
@@ -217,16 +223,9 @@ def build(kind: str, content: str, config: Config) -> Operation:
 
 
 def unbox(text: str) -> str:
-    r"""The content of the last `\boxed{...}` (braces balanced) or bare `\boxed ...`, else ""."""
-    _, _, rest = text.rpartition(r"\boxed")
-    if rest.startswith(" "):
-        return rest.partition("$")[0].strip()
-    depth = 0
-    for end, character in enumerate(rest):
-        depth += (character == "{") - (character == "}")
-        if depth <= 0:
-            return rest[1:end].strip()
-    return ""
+    r"""The content of the last `\boxed{...}` (with braces in it) or bare `\boxed ...`, else ""."""
+    found = BOXED.findall(text)
+    return "".join(found[-1]).strip() if found else ""
 
 
 # --- the episode loop -----------------------------------------------------------------------------

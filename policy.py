@@ -10,16 +10,22 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from jinja2 import TemplateError
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    DynamicCache,
+)
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 
 from agent import Observation, Response, instruction, render
+from chat import Chat
 from config import BadInput, Config, need
 
-MARK = "@observation@"  # stands for the observation while a chat template is applied
 LOGIT_SLICE = 2**24  # most logits in memory at once while tokens are scored
 logging.disable_progress_bar()  # transformers would show one for every checkpoint
 
@@ -53,8 +59,10 @@ class LanguageModel(torch.nn.Module):
         self.temperature = config.temperature if temperature is None else temperature
         if config.recompute and not model.is_activation_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
+        self.chat = Chat(tokenizer, instruction(config))
         ends = model.generation_config.eos_token_id or []  # a chat model often has two
-        self.end_ids = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
+        self.end_ids = {self.chat.end_id, *(ends if isinstance(ends, list) else [ends])}
+        self.softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
         # A checkpoint may pad its vocabulary. Ids that the tokenizer lacks are never sampled.
         self.known_ids = min(len(tokenizer), model.config.get_text_config().vocab_size)
 
@@ -72,11 +80,11 @@ class LanguageModel(torch.nn.Module):
     def encode(self, observations: list[Observation]) -> list[tuple[Observation, list[int]]]:
         """[(observation, prompt ids)]. Observations that are too long are shortened by `fit`."""
         limit, encoded = self.config.max_prompt_tokens, []
-        prompts = self.encode_prompts([render(observation) for observation in observations])
+        prompts = self.chat.encode_prompts([render(observation) for observation in observations])
         for observation, ids in zip(observations, prompts):
             if len(ids) > limit:
                 observation = fit(observation, self.prompt_length, limit)
-                [ids] = self.encode_prompts([render(observation)])
+                [ids] = self.chat.encode_prompts([render(observation)])
             encoded.append((observation, ids))
         return encoded
 
@@ -85,38 +93,11 @@ class LanguageModel(torch.nn.Module):
         return self.encode([observation])[0][0]
 
     def prompt_length(self, observation: Observation) -> int:
-        return len(self.encode_prompts([render(observation)])[0])
-
-    def encode_prompts(self, texts: list[str]) -> list[list[int]]:
-        """The ids of each text inside the chat template. Raises BadInput if that refuses it."""
-        system = {"role": "system", "content": instruction(self.config)}
-        try:
-            frame = self.tokenizer.apply_chat_template(
-                [system, {"role": "user", "content": MARK}],
-                tokenize=False,
-                add_generation_prompt=True,
-                enable_thinking=False,
-            )
-        except TemplateError as error:
-            name = self.tokenizer.name_or_path
-            raise BadInput(f"{name}: its chat template refuses the prompt: {error}") from error
-        before, after = self.tokenizer(frame.split(MARK), add_special_tokens=False)["input_ids"]
-        return [before + ids + after for ids in self.text_ids(texts)]
-
-    def text_ids(self, texts: list[str]) -> list[list[int]]:
-        """The ids of each text. A control token that a text names is encoded as plain text."""
-        if not texts:  # a tokenizer refuses an empty list
-            return []
-        tokens = self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True)
-        return tokens["input_ids"]
-
-    def encode_responses(self, texts: list[str]) -> list[list[int]]:
-        """The ids of each response, followed by the end token."""
-        return [ids + [self.tokenizer.eos_token_id] for ids in self.text_ids(texts)]
+        return len(self.chat.encode_prompts([render(observation)])[0])
 
     def count(self, texts: list[str]) -> list[int]:
         """The number of tokens of each text."""
-        return [len(ids) for ids in self.text_ids(texts)]
+        return [len(ids) for ids in self.chat.encode(texts)]
 
     # --- sampling ---
 
@@ -134,7 +115,7 @@ class LanguageModel(torch.nn.Module):
             for row, (ids, logprobs) in zip(rows, sampled):
                 shown, prompt = encoded[row]
                 ended = ids[-1] in self.end_ids
-                text = self.tokenizer.decode(ids[:-1] if ended else ids)
+                text = self.chat.decode(ids[:-1] if ended else ids)
                 responses[row] = Response(
                     text, len(ids), prompt, ids, logprobs, truncated=not ended, observation=shown
                 )
@@ -247,12 +228,17 @@ class LanguageModel(torch.nn.Module):
 
     def score_slice(self, hidden: torch.Tensor, targets: torch.Tensor) -> tuple:
         with self.autocast():
-            logits = self.model.get_output_embeddings()(hidden)
+            logits = self.head(hidden)
         logits = self.scaled(logits)  # (n, V)
         total = logits.logsumexp(-1)  # (n,)
         with torch.no_grad():
             entropy = total - ((logits - total[:, None]).exp() * logits).sum(-1)
         return logits.gather(1, targets[:, None])[:, 0] - total, entropy
+
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits (n, V) of hidden states (n, D)."""
+        logits = self.model.get_output_embeddings()(hidden)
+        return self.softcap * (logits / self.softcap).tanh() if self.softcap else logits
 
     def set_recompute(self):
         """Turn recomputation on if gradients are enabled. transformers recomputes a layer only if
@@ -272,11 +258,6 @@ class LanguageModel(torch.nn.Module):
 def check_model(model, tokenizer, config: Config):
     """Raises BadInput if the model cannot be sampled and scored correctly here."""
     name, text = tokenizer.name_or_path, model.config.get_text_config()
-    need(tokenizer.chat_template, f"{name} has no chat template; use an instruction-tuned model")
-    need(tokenizer.eos_token_id is not None, f"{name} has no end token: no response could end")
-    for option in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
-        plain = getattr(text, option, None) in (None, 1.0)  # Gemma 2, Cohere, Granite
-        need(plain, f"{name} transforms its logits ({option}), which scoring does not support")
     kinds = set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     need(not kinds, f"{name} has layers whose state sampling cannot keep: {', '.join(kinds)}")
     context = getattr(text, "max_position_embeddings", None)
@@ -323,11 +304,31 @@ def fit(observation: Observation, num_tokens: Callable, limit: int) -> Observati
 
 
 def load_policy(name: str | Path, config: Config, dtype=torch.float32) -> LanguageModel:
-    """Load a policy by folder or hub name. Training needs fp32. Raises BadInput if it cannot."""
+    """Load a policy by folder or hub name. Training needs fp32. Raises BadInput if it cannot.
+
+    Of a multimodal model the text part alone is trained.
+    """
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+        model = auto_class(AutoConfig.from_pretrained(name)).from_pretrained(name, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         missing = "" if Path(name).exists() else "there is no such folder, and "
-        raise BadInput(f"{name}: {missing}transformers cannot load it: {error}") from error
-    return LanguageModel(model, tokenizer, config)
+        reason = " ".join(str(error).split())
+        raise BadInput(f"{name}: {missing}transformers cannot load it: {reason}") from error
+    policy = LanguageModel(model, tokenizer, config)
+    decoder, head = model.get_decoder(), model.get_output_embeddings()
+    model.requires_grad_(False)
+    for part in (decoder, head):
+        part.requires_grad_(True)
+    with torch.no_grad():  # does `forward` score what `sample` will draw from?
+        ids = torch.arange(min(8, policy.known_ids))[None]
+        logits = policy.head(decoder(input_ids=ids, use_cache=False).last_hidden_state)
+        same = torch.allclose(logits, model(input_ids=ids).logits, rtol=1e-3, atol=1e-3)
+    need(same, f"{name} transforms its logits in a way that scoring does not support")
+    return policy
+
+
+def auto_class(config) -> type:
+    """The class that loads a model of this configuration. Multimodal ones may have their own."""
+    causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    return AutoModelForCausalLM if causal else AutoModelForImageTextToText

@@ -48,18 +48,18 @@ def demonstrated_samples(blocks, config: Config, policy: LanguageModel, embed, m
         turns = [turn for episode in kept for turn in episode.turns]
         if turns:
             prompts = [ids for _, ids in policy.encode([turn.observation for turn in turns])]
-            responses = policy.encode_responses([turn.response.text for turn in turns])
+            responses = policy.chat.encode_responses([turn.response.text for turn in turns])
             yield [Sample(*pair) for pair in zip(prompts, responses)]
 
 
 def recorded_samples(config: Config, policy: LanguageModel) -> list[Sample]:
     """The samples of a teacher's file. Raises BadInput if a prompt is too long."""
     pairs = recorded(config)
-    prompts = policy.encode_prompts([prompt for prompt, _ in pairs])
+    prompts = policy.chat.encode_prompts([prompt for prompt, _ in pairs])
     longest = max(map(len, prompts), default=0)
     long = f"{config.demonstrations} has a prompt of {longest} tokens: raise --max_prompt_tokens"
     need(longest <= config.max_prompt_tokens, long)
-    responses = policy.encode_responses([response for _, response in pairs])
+    responses = policy.chat.encode_responses([response for _, response in pairs])
     return [Sample(*pair) for pair in zip(prompts, responses)]
 
 

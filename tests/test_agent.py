@@ -78,11 +78,61 @@ def test_dialects_give_update_memory_its_own_meaning(text, expected):
         ("<create_memory>one <create_memory>two</create_memory>", ["create"]),
         ("</create_memory>", ["create"]),
         ("<create_memory>cut off", ["create"]),
+        ("<create_memory", ["create"]),
+        ("<create_memory>cut off</create_memory", ["create"]),
+        ("<create_memory/>", ["unknown"]),
+        ("<delete_memory>2, 3</delete_memory>", ["delete"]),
+        ("<delete_memory>#</delete_memory>", ["delete"]),
+        ("<update_memory>#2 no colon</update_memory>", ["update"]),
+        ("<delete-memory>2</delete-memory>", ["unknown", "unknown"]),
+        ("<answer1>Ben</answer1>", ["unknown", "unknown"]),
     ],
 )
 def test_malformed_operations_are_counted(config, text, wrong):
     """Bug: a malformed tag raises, or is not counted."""
     assert [one.kind for one in parse(text, config) if one.error] == wrong
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("<CREATE_MEMORY>Ben</CREATE_MEMORY>", ("create", "Ben", 0, False)),
+        ("<Create_Memory>Ben</create_memory>", ("create", "Ben", 0, False)),
+        ('<create_memory id="1">Ben</create_memory>', ("create", "Ben", 0, False)),
+        ("< create_memory >Ben</ create_memory >", ("create", "Ben", 0, False)),
+        ("<delete_memory>#2</delete_memory>", ("delete", "", 2, False)),
+        ("<delete_memory>[2]</delete_memory>", ("delete", "", 2, False)),
+        ("<delete_memory>Memory 2</delete_memory>", ("delete", "", 2, False)),
+        ("<delete_memory>memory #2</delete_memory>", ("delete", "", 2, False)),
+        ("<update_memory>#2: new</update_memory>", ("update", "new", 2, False)),
+        ("<update_memory>[2] : new\nline</update_memory>", ("update", "new\nline", 2, False)),
+    ],
+)
+def test_what_is_clear_is_executed(config, text, expected):
+    """Bug: a response that is nearly right does nothing, and nothing is counted."""
+    assert parsed(text, config) == [expected]
+
+
+@pytest.mark.parametrize("text", ["3 < 4", "a <b and c", "x < y > z", "<3", "a <- b"])
+def test_a_less_than_sign_is_text(config, text):
+    """Bug: an ordinary sentence is counted as an invalid operation."""
+    assert parse(text, config) == []
+    [operation] = parse(f"<create_memory>{text}</create_memory>", config)
+    assert (operation.text, operation.error) == (text, "")
+
+
+@pytest.mark.parametrize(
+    "text, answers",
+    [
+        ("<think>Is it <answer>Eva</answer>?</think><answer>Ben</answer>", ["Ben"]),
+        ("Is it <answer>Eva</answer>?</think>\n<answer>Ben</answer>", ["Ben"]),
+        ("<think>a</think><answer>Eva</answer><think>b</think><answer>Ben</answer>", ["Ben"]),
+        ("<think>Is it <answer>Eva</answer>", []),
+    ],
+)
+def test_thoughts_are_no_operations(config, text, answers):
+    """Bug: operations that a model only thinks about are executed."""
+    assert [one.text for one in parse(text, config)] == answers
 
 
 def test_unbox_balances_braces():
@@ -147,9 +197,11 @@ def test_any_response_is_survived(embed, dialect, number):
 def test_parsing_is_linear(config):
     """Bug: a regular expression that backtracks takes minutes for a long response of brackets."""
     spaces = "<update_memory>" + " " * 1_000_000 + "</update_memory>"
-    for text in ("<" * 1_000_000, "<create_memory>" * 50_000, spaces):
+    texts = ["<" * 1_000_000, "<create_memory>" * 50_000, "<answer " * 100_000, spaces]
+    for text in texts + ["\\boxed{" * 200_000, "\\boxed{{}" * 200_000]:
         started = time.perf_counter()
         parse(text, config)
+        unbox(text)
         assert time.perf_counter() - started < 10  # linear: well under a second; quadratic: hours
 
 

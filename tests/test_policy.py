@@ -12,9 +12,19 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Gemma4Config,
+    Gemma4ForConditionalGeneration,
+    GraniteConfig,
+    GraniteForCausalLM,
     PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
 )
 from transformers.utils.logging import warning_once
 
@@ -132,7 +142,7 @@ def test_a_response_that_names_a_control_token_is_text(tiny, chat_tokenizer):
     "<end>" or "<|im_end|>" from a document."""
     text = "<create_memory>Anna <|im_end|> has<|im_start|> a cat</create_memory>"
     policy = qwen3(chat_tokenizer, Config())
-    [ids] = policy.encode_responses([text])
+    [ids] = policy.chat.encode_responses([text])
     assert ids[-1] == chat_tokenizer.eos_token_id
     assert not set(ids[:-1]) & set(chat_tokenizer.all_special_ids)
     assert chat_tokenizer.decode(ids[:-1]) == text
@@ -140,7 +150,9 @@ def test_a_response_that_names_a_control_token_is_text(tiny, chat_tokenizer):
 
     vocab = tiny.tokenizer.get_vocab()
     tag, closing = vocab["<create_memory>"], vocab["</create_memory>"]
-    [ids] = tiny.encode_responses(["<create_memory>Anna <end> has<response> a cat</create_memory>"])
+    [ids] = tiny.chat.encode_responses(
+        ["<create_memory>Anna <end> has<response> a cat</create_memory>"]
+    )
     assert ids[0] == tag and ids[-2:] == [closing, vocab["<end>"]]
     assert not set(ids[1:-2]) & {tag, closing, vocab["<end>"], vocab["<response>"]}
     [observation] = observations(1)
@@ -153,7 +165,12 @@ def test_no_texts_are_no_prompts(chat_tokenizer):
     """Bug: tokenizers refuse an empty list, so a file without kept demonstrations ends in a
     traceback."""
     policy = qwen3(chat_tokenizer, Config())
-    for function in (policy.encode, policy.encode_prompts, policy.encode_responses, policy.count):
+    for function in (
+        policy.encode,
+        policy.chat.encode_prompts,
+        policy.chat.encode_responses,
+        policy.count,
+    ):
         assert function([]) == []
 
 
@@ -196,7 +213,7 @@ def test_entries_that_do_not_fit_are_left_out_from_the_end(tiny):
     [(shown, ids)] = policy.encode([observation])
     assert len(ids) <= 100 and 0 < len(shown.entries) < 50
     assert shown.entries == entries[: len(shown.entries)]
-    assert ids == policy.encode_prompts([render(shown)])[0]
+    assert ids == policy.chat.encode_prompts([render(shown)])[0]
     assert observation == before and policy.shorten(observation) == shown
     [response] = policy.respond([observation])
     assert (response.observation, response.prompt_ids) == (shown, ids)
@@ -228,7 +245,7 @@ def test_demonstrations_read_as_the_model_would_write_them(tiny, config, embed):
         def respond(self, shown):
             responses = super().respond(shown)
             for response in responses:
-                [ids] = tiny.encode_responses([response.text])
+                [ids] = tiny.chat.encode_responses([response.text])
                 response.text = tiny.tokenizer.decode(ids[:-1])
             return responses
 
@@ -499,7 +516,7 @@ def test_save_and_load(tiny, tmp_path):
     loaded = load_policy(tmp_path / "model", tiny.config)
     assert loaded.encode(observations(3)) == tiny.encode(observations(3))
     hostile = ["<answer>Anna <end> <response></answer>"]
-    assert loaded.encode_responses(hostile) == tiny.encode_responses(hostile)
+    assert loaded.chat.encode_responses(hostile) == tiny.chat.encode_responses(hostile)
     assert loaded.end_ids == tiny.end_ids
     for one, other in zip(loaded.parameters(), tiny.parameters()):
         assert torch.equal(one, other)
@@ -527,25 +544,101 @@ def test_a_model_without_chat_template_is_refused(tiny, tmp_path):
 @pytest.mark.parametrize(
     "setting, value, complaint",
     [
-        ("final_logit_softcapping", 30.0, "final_logit_softcapping"),
-        ("logits_scaling", 8.0, "logits_scaling"),
         ("layer_types", ["full_attention", "linear_attention"], "linear_attention"),
         ("max_position_embeddings", 200, "--max_prompt_tokens"),
     ],
 )
 def test_models_that_cannot_be_trained_right_are_refused(tiny, setting, value, complaint):
-    """Bug: a model that caps or scales its logits is scored without that, or one whose layers have
-    a state, or whose context is too short, fails in the middle of a run."""
+    """Bug: a model whose layers have a state, or whose context is too short, fails in the middle of
+    a run."""
     setattr(tiny.model.config, setting, value)
     with pytest.raises(BadInput, match=complaint):
         LanguageModel(tiny.model, tiny.tokenizer, Config())
 
 
-def test_a_template_that_refuses_the_prompt_is_one_sentence(tiny):
-    """Bug: a template without a system role ends in a traceback."""
-    tiny.tokenizer.chat_template = "{{ raise_exception('no system role') }}"
-    with pytest.raises(BadInput, match="refuses the prompt: no system role"):
-        tiny.encode(observations(1))
+def test_a_model_that_scales_its_logits_is_refused(tiny, tmp_path):
+    """Bug: a model whose logits are not simply those of its output head is scored wrongly."""
+    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+    settings = GraniteConfig(vocab_size=len(tiny.tokenizer), logits_scaling=8.0, **sizes)
+    GraniteForCausalLM(settings).save_pretrained(tmp_path)
+    tiny.tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(BadInput, match="transforms its logits"):
+        load_policy(tmp_path, Config())
+
+
+# Small models with random weights, of kinds whose settings are nested or whose logits are capped.
+TEXT = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+TEXT |= dict(num_key_value_heads=1, head_dim=16, initializer_range=0.3)
+WINDOW = dict(layer_types=["sliding_attention", "full_attention"], sliding_window=8)
+VISION = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1)
+MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]}
+KINDS = {
+    "gemma2": lambda size: Gemma2ForCausalLM(Gemma2Config(vocab_size=size, **TEXT, **WINDOW)),
+    "gemma3": lambda size: Gemma3ForConditionalGeneration(
+        Gemma3Config(
+            text_config=dict(vocab_size=size, **TEXT, **WINDOW),
+            vision_config=dict(image_size=28, patch_size=14, **VISION),
+            mm_tokens_per_image=4,
+        )
+    ),
+    "gemma4": lambda size: Gemma4ForConditionalGeneration(
+        Gemma4Config(
+            text_config=dict(
+                vocab_size=size,
+                vocab_size_per_layer_input=size,
+                hidden_size_per_layer_input=8,
+                final_logit_softcapping=5.0,
+                global_head_dim=16,
+                num_kv_shared_layers=0,
+                **TEXT,
+                **WINDOW,
+            ),
+            vision_config=dict(num_key_value_heads=1, head_dim=16, patch_size=4, **VISION),
+            audio_config=None,
+        )
+    ),
+    "qwen3_vl": lambda size: Qwen3VLForConditionalGeneration(
+        Qwen3VLConfig(
+            text_config=dict(vocab_size=size, rope_parameters=MROPE, **TEXT),
+            vision_config=dict(
+                depth=1,
+                hidden_size=16,
+                intermediate_size=16,
+                num_heads=1,
+                out_hidden_size=32,
+                deepstack_visual_indexes=[0],
+                num_position_embeddings=16,
+            ),
+        )
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_multimodal_and_capped_models(tiny, tmp_path, kind):
+    """Bug: settings are looked for at the top of the configuration, where a multimodal checkpoint
+    has none; capped logits are scored as if they were not; or a gradient is expected for the
+    vision tower, which a text never reaches."""
+    torch.manual_seed(0)
+    KINDS[kind](len(tiny.tokenizer) + 3).save_pretrained(tmp_path)
+    tiny.tokenizer.save_pretrained(tmp_path)
+    policy = load_policy(tmp_path, Config(max_response_tokens=12))
+    assert policy.known_ids == len(tiny.tokenizer)
+    responses = policy.respond(observations(5))
+    logprobs, _ = policy(to_samples(responses))
+    sampled = torch.tensor([x for response in responses for x in response.logprobs])
+    assert (logprobs - sampled).abs().max() < 1e-4
+    logprobs.sum().backward()
+    assert all((one.grad is not None) == one.requires_grad for one in policy.parameters())
+    for optimizer in make_optimizers(policy, "muon"):
+        optimizer.step()
+    policy.save(tmp_path / "saved")
+    assert (
+        policy.with_config(Config(), 0).respond(observations(1))[0].text
+        == (load_policy(tmp_path / "saved", Config()).with_config(Config(), 0))
+        .respond(observations(1))[0]
+        .text
+    )
 
 
 def test_nothing_deprecated_is_called(tmp_path):

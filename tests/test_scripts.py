@@ -17,8 +17,8 @@ from conftest import DATA, ROOT, TINY
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from agent import KINDS
+from chat import Chat
 from config import Config
-from policy import LanguageModel
 from tasks import corpus
 from training import tiny
 
@@ -184,14 +184,14 @@ def test_the_released_checkpoint(call, monkeypatch):
     """Bug: a pretrained Qwen3 is prompted with thinking on, without its chat template, or with the
     paper's tags."""
     save_qwen3("AtomMem")
-    prompts, encode = [], LanguageModel.encode_prompts
+    prompts, encode = [], Chat.encode_prompts
 
     def encode_and_keep(self, texts):
         rows = encode(self, texts)
         prompts.extend(map(self.tokenizer.decode, rows))
         return rows
 
-    monkeypatch.setattr(LanguageModel, "encode_prompts", encode_and_keep)
+    monkeypatch.setattr(Chat, "encode_prompts", encode_and_keep)
     sizes = ["--documents", 12, "--max_prompt_tokens", 4000, "--max_response_tokens", 20]
     model = ["--model", "AtomMem", "--dialect", "released", "--eval_tasks", 1, "--cpu"]
     assert "AtomMem 12 documents" in call("evaluate", *QA, *model, *sizes)

@@ -57,7 +57,7 @@ def test_a_file_teaches_what_was_played(config, embed, tiny):
     good = [episode for episode in episodes if episode.reward >= config.keep_score]
     turns = [turn for episode in good for turn in episode.turns]
     prompts = [ids for _, ids in tiny.encode([turn.observation for turn in turns])]
-    responses = tiny.encode_responses([turn.response.text for turn in turns])
+    responses = tiny.chat.encode_responses([turn.response.text for turn in turns])
     expected = [Sample(*pair) for pair in zip(prompts, responses)]
     assert recorded_samples(config, tiny) == expected != []
 

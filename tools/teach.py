@@ -14,7 +14,7 @@ from pathlib import Path
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from agent import Episode, Policy, observe, render, run_episodes
+from agent import Episode, Policy, observe, render, run_episodes, without_thoughts
 from config import Config, check_new_file, need, parse_args
 from evaluate import open_contestants
 from memory import Embedder, Memory, load_embedder
@@ -50,10 +50,13 @@ def record(teacher: Policy, stream: Callable, config: Config, embed: Embedder) -
 
 
 def as_line(episode: Episode, config: Config) -> dict:
-    """The episode as a line of the file. Responses that were cut off are left out."""
+    """The episode as a line of the file, without thoughts and responses that were cut off."""
     good = episode.reward >= config.keep_score
     kept = [turn for turn in episode.turns if good and not turn.response.truncated]
-    turns = [{"prompt": render(t.observation), "response": t.response.text} for t in kept]
+    turns = [
+        {"prompt": render(t.observation), "response": without_thoughts(t.response.text)}
+        for t in kept
+    ]
     return {"task": episode.task.id, "score": episode.reward, "turns": turns}
 
 

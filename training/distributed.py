@@ -21,11 +21,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from transformers import AutoModelForCausalLM
 
 from agent import run_episodes
 from config import Config, need
-from policy import LanguageModel, Sample
+from policy import LanguageModel, Sample, auto_class
 from tasks import Task
 from tasks.scoring import score_function, summarize, tally
 from training.optim import micro_batches
@@ -105,7 +104,7 @@ def make_rollout_model(policy: LanguageModel, accelerator: Accelerator) -> Langu
         return policy
     config = copy.deepcopy(policy.model.config)
     with accelerator.device:
-        model = AutoModelForCausalLM.from_config(config, dtype=copy_dtype(accelerator))
+        model = auto_class(config).from_config(config, dtype=copy_dtype(accelerator))
     model.generation_config = policy.model.generation_config
     rollout_model = LanguageModel(model.eval(), policy.tokenizer, policy.config)
     rollout_model.requires_grad_(False)

@@ -60,7 +60,7 @@ def make_optimizers(policy: LanguageModel, kind: str) -> list[torch.optim.Optimi
     tables = {id(one.weight) for one in policy.modules() if isinstance(one, torch.nn.Embedding)}
     tables.add(id(policy.model.get_output_embeddings().weight))
     matrices, others = [], []
-    for parameter in policy.parameters():
+    for parameter in filter(lambda one: one.requires_grad, policy.parameters()):
         inner = kind == "muon" and parameter.ndim == 2 and id(parameter) not in tables
         (matrices if inner else others).append(parameter)
     others = {"params": others, "lr_scale": 0.3 if matrices else 1.0}

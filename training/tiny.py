@@ -8,12 +8,17 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from agent import TAGS
+from chat import NO_INSTRUCTION
 from config import Config
 from policy import LanguageModel
 
 PAD, END, RESPONSE = "<pad>", "<end>", "<response>"
 # The tiny model learns its task from examples, so its template leaves out the instruction.
-TINY_TEMPLATE = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}" + RESPONSE
+TINY_TEMPLATE = (
+    NO_INSTRUCTION
+    + "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
+    + RESPONSE
+)
 
 
 def create_policy(config: Config, texts: Iterable[str]) -> LanguageModel:

@@ -1,0 +1,92 @@
+"""The chat template and the tokenizer: from texts to token ids and back."""
+
+from jinja2 import TemplateError
+
+from config import BadInput, need
+
+ANSWER = "@answer@"  # stands for a response while the template is examined
+# Put before a template that would print today's date: a resumed run has to see the same prompts.
+FIXED_DATE = "{% macro strftime_now(format) %}01 Jan 2025{% endmacro %}"
+NO_INSTRUCTION = "{# no instruction #}"  # in a template that leaves out the system message
+
+
+class Chat:
+    """A tokenizer, its chat template, and the instruction that every prompt begins with.
+
+    end_id: the token that the template puts after a response. SFT teaches it, sampling stops at it.
+    It need not be the tokenizer's eos_token. Raises BadInput if the template cannot be used.
+    """
+
+    def __init__(self, tokenizer, instruction: str):
+        self.tokenizer, self.instruction = tokenizer, instruction
+        self.name = tokenizer.name_or_path
+        need(
+            tokenizer.chat_template,
+            f"{self.name} has no chat template: use an instruction-tuned model, or add its "
+            "chat_template.jinja to the folder",
+        )
+        self.template = tokenizer.get_chat_template()
+        if "strftime_now" in self.template:
+            self.template = FIXED_DATE + self.template
+        reason = ""
+        for self.system_role in (True, False):  # Gemma 2 and Mistral 7B refuse a system message
+            try:
+                text = self.example()
+            except TemplateError as error:
+                text, reason = "", f": {error}"
+            if instruction in text or NO_INSTRUCTION in self.template:
+                break
+        else:
+            raise BadInput(f"{self.name}: its chat template refuses the instruction{reason}")
+        end = text.rpartition(ANSWER)[2].strip() if ANSWER in text else ""
+        ids = tokenizer(end, add_special_tokens=False)["input_ids"]
+        special = ids and ids[0] in tokenizer.added_tokens_decoder
+        self.end_id = ids[0] if special else tokenizer.eos_token_id
+        need(self.end_id is not None, f"{self.name} has no end token: no response could end")
+
+    def example(self) -> str:
+        """The text that the template makes of a prompt and a response."""
+        chat = [*self.messages("x"), {"role": "assistant", "content": ANSWER}]
+        return self.apply_template([chat], tokenize=False)[0]
+
+    def messages(self, text: str) -> list[dict[str, str]]:
+        """The messages of a prompt. Without a system role, the instruction precedes the text."""
+        if not self.system_role:
+            return [{"role": "user", "content": f"{self.instruction}\n\n{text}"}]
+        system = {"role": "system", "content": self.instruction}
+        return [system, {"role": "user", "content": text}]
+
+    def apply_template(self, chats: list[list[dict]], tokenize: bool = True, **settings) -> list:
+        """The ids of each chat, or its text. Control tokens in the messages are encoded as text."""
+        return self.tokenizer.apply_chat_template(
+            chats,
+            chat_template=self.template,
+            tokenize=tokenize,
+            sanitize_control_tokens=tokenize,
+            return_dict=False,
+            enable_thinking=False,
+            **settings,
+        )
+
+    def encode_prompts(self, texts: list[str]) -> list[list[int]]:
+        """The ids of each text inside the template. Raises BadInput if the template refuses it."""
+        chats = [self.messages(text) for text in texts]
+        try:  # a tokenizer refuses an empty list
+            return self.apply_template(chats, add_generation_prompt=True) if chats else []
+        except (TemplateError, ValueError) as error:
+            raise BadInput(f"{self.name}: its template refuses the prompt: {error}") from error
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        """The ids of each text. A control token that a text names is encoded as plain text."""
+        if not texts:
+            return []
+        tokens = self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True)
+        return tokens["input_ids"]
+
+    def encode_responses(self, texts: list[str]) -> list[list[int]]:
+        """The ids of each response, followed by the end token."""
+        return [ids + [self.end_id] for ids in self.encode(texts)]
+
+    def decode(self, ids: list[int]) -> str:
+        """The text exactly as it was sampled."""
+        return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
