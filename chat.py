@@ -20,12 +20,13 @@ class Chat:
     def __init__(self, tokenizer, instruction: str):
         self.tokenizer, self.instruction = tokenizer, instruction
         self.name = tokenizer.name_or_path
-        need(
-            tokenizer.chat_template,
-            f"{self.name} has no chat template: use an instruction-tuned model, or add its "
-            "chat_template.jinja to the folder",
-        )
-        self.template = tokenizer.get_chat_template()
+        try:
+            self.template = tokenizer.get_chat_template()
+        except (ValueError, NotImplementedError) as error:  # none, or Mistral's tekken.json alone
+            raise BadInput(
+                f"{self.name} has no chat template: use an instruction-tuned model, or add the "
+                "tokenizer.json and chat_template.jinja of its repository to the folder"
+            ) from error
         if "strftime_now" in self.template:
             self.template = FIXED_DATE + self.template
         reason = ""

@@ -34,7 +34,7 @@ from memory import load_embedder
 from policy import load_policy
 from tasks import Task, corpus, held_out_tasks, scoring
 from tasks.demonstrators import Demonstrator, GoldDemonstrator, TownDemonstrator
-from training.checkpoint import latest_checkpoint, step_name
+from training.checkpoint import device_name, latest_checkpoint, step_name
 from training.tiny import create_policy
 
 
@@ -302,6 +302,7 @@ def main():
     town = args.gold and args.baselines and config.task == "town"
     need(not town, "the town's demonstrator cannot play the baselines: leave out --gold")
     device = Accelerator(cpu=config.cpu).device
+    print(f"on {device_name(device)}")
     judge = None
     if args.judge:
         from tools.server import Judge  # as in open_contestants

@@ -151,7 +151,7 @@ def test_a_template_may_want_no_instruction():
 @pytest.mark.parametrize(
     "template, complaint",
     [
-        (None, "add its chat_template.jinja"),
+        (None, "has no chat template: use an instruction-tuned model"),
         ("{{ raise_exception('not today') }}", "refuses the instruction: not today"),
         ("{{ messages[-1].content[:9] }}", "refuses the instruction"),
     ],

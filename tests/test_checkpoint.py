@@ -1,5 +1,6 @@
 """Runs that are stopped, killed, moved and resumed. Most tests call the scripts' main functions."""
 
+import errno
 import json
 import os
 import pickle
@@ -110,6 +111,11 @@ def steps(run):
     return [row["step"] for row in metrics(run)]
 
 
+def progress(checkpoint):
+    """[step, best, id of the tracker's run] of a checkpoint."""
+    return list(json.loads((checkpoint / "progress.json").read_text()).values())
+
+
 def state(run):
     """Weights, optimisers' states and progress of the newest checkpoint, as one flat list."""
     flat, newest = [], latest_checkpoint(run)
@@ -126,7 +132,7 @@ def state(run):
 
     add((newest / "model.safetensors").read_bytes())
     add(torch.load(newest / "training.pt", weights_only=True))
-    add((newest / "progress.json").read_text())
+    add(progress(newest)[:2])
     return flat
 
 
@@ -323,6 +329,41 @@ def test_a_tracker_gets_settings_and_metrics(call, monkeypatch):
     settings = started.call_args.kwargs["config"]
     assert settings["sft_steps"] == "1"
     assert all(isinstance(value, (int, float, str, bool)) for value in settings.values())
+
+
+@pytest.mark.parametrize("tracker", ["wandb", "tensorboard"])
+def test_a_resumed_run_continues_in_the_tracker(call, monkeypatch, tracker):
+    """Bug: --resume opens a second run in the tracker, and its curves begin in the middle."""
+    monkeypatch.setattr("training.checkpoint.Accelerator.log", lambda run, values, step: None)
+    started = Mock()
+    monkeypatch.setattr("training.checkpoint.Accelerator.init_trackers", started)
+    monkeypatch.setattr("accelerate.accelerator.filter_trackers", lambda *_: [tracker])
+    call("sft", *TINY, "--overwrite", "--log_with", tracker, "--sft_steps", 2)
+    id = progress(latest_checkpoint(SFT))[2]
+    call("sft", "--resume", SFT, "--sft_steps", 3)
+    call("sft", *TINY, "--overwrite", "--log_with", tracker, "--sft_steps", 1)
+    first, resumed, other = (one.kwargs["init_kwargs"][tracker] for one in started.call_args_list)
+    if tracker == "wandb":
+        assert first == resumed == {"id": id, "resume": "allow"} and other["id"] != id
+        assert started.call_args_list[1].kwargs["config"]["sft_steps"] == "3"
+    else:
+        assert [one["purge_step"] for one in (first, resumed, other)] == [1, 3, 1]
+        assert started.call_args_list[1].kwargs["config"] is None
+
+
+def test_a_drive_that_cannot_flush(call, monkeypatch):
+    """Bug: a network drive that refuses to flush a folder ends the run, or a real error of the
+    disk is taken for that."""
+
+    def refuse(descriptor):
+        raise OSError(code, "refused")
+
+    monkeypatch.setattr("os.fsync", refuse)
+    code = errno.EINVAL
+    call("sft", *TINY, "--overwrite", "--sft_steps", 1)
+    code = errno.EIO
+    with pytest.raises(SystemExit, match="could not be saved: .*refused"):
+        call("sft", "--resume", SFT, "--sft_steps", 2)
 
 
 def test_a_kill_while_an_old_run_is_overwritten(call, monkeypatch):

@@ -5,11 +5,13 @@ and then renamed. --resume drops the steps after the newest checkpoint and repea
 Everything random is seeded by the step, so no generator state has to be saved.
 """
 
+import errno
 import json
 import os
 import re
 import shutil
 import signal
+import uuid
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -74,6 +76,7 @@ class Run:
         self.config, self.stage = config, stage
         self.folder = Path(resume or config.folder(stage))
         self.step, self.metrics, self.best = 0, {}, None  # best: [held-out EM, step]
+        self.tracker_id = uuid.uuid4().hex[:12]  # of the run that --log_with shows
         self.recent = deque(maxlen=10)  # the main metric of the last steps
         self.stopping = False
         self.checkpoint = latest_checkpoint(resume) if resume else None
@@ -90,6 +93,7 @@ class Run:
         need(usable, f"{self.folder} cannot be made: {above} is not a folder to write to")
         self.accelerator = make_accelerator(config, self.folder)
         self.main = self.accelerator.is_main_process  # the process that writes
+        self.accelerator.print(f"{self.folder}: on {device_name(self.accelerator.device)}")
         set_seed(config.seed)
         if resume:
             self.rewind()
@@ -98,12 +102,14 @@ class Run:
         """Go back to the newest checkpoint: drop the metrics of later steps."""
         progress = json.loads((self.checkpoint / "progress.json").read_text())
         self.step, self.best = progress["step"], progress["best"]
+        self.tracker_id = progress["tracker_id"]
         path = self.folder / "metrics.jsonl"
         lines = path.read_text().splitlines(keepends=True)[: self.step]
         need(len(lines) == self.step, f"{path} was changed: it ends before step {self.step}")
         self.metrics = json.loads(lines[-1]) if lines else {}
         if self.main:
-            replace_file(path, "".join(lines))
+            with self.on_disk():
+                replace_file(path, "".join(lines))
 
     def begin(self, policy, optimizers: list[torch.optim.Optimizer]):
         """Load the optimisers' state, or make the folder and its first checkpoint.
@@ -118,9 +124,8 @@ class Run:
             states = torch.load(path, weights_only=True, mmap=is_sharded())
             if states["state"]:
                 state_dict.set_optimizer_state_dict(policy.model, optimizers, states, options=FULL)
-        if self.config.log_with:  # a tracker takes no lists
-            settings = {name: str(value) for name, value in self.config.saved().items()}
-            self.accelerator.init_trackers("atommem", config=settings)
+        if self.config.log_with:
+            self.start_tracker(self.config.log_with)
         if not self.checkpoint:
             self.save()
         elif self.main:
@@ -129,6 +134,16 @@ class Run:
                 self.point_and_prune()
         signals = (signal.SIGINT, signal.SIGTERM)
         self.handlers = {number: signal.signal(number, self.stop) for number in signals}
+
+    def start_tracker(self, name: str):
+        """Start the tracker of --log_with. A resumed run continues there, by its id or folder."""
+        settings = {name: str(value) for name, value in self.config.saved().items()}  # no lists
+        if name == "tensorboard" and self.checkpoint:
+            settings = None  # it would show them as another run
+        by_id = {"id": self.tracker_id, "resume": "allow"}
+        options = {"wandb": by_id, "swanlab": by_id, "tensorboard": {"purge_step": self.step + 1}}
+        init = {name: options.get(name, {})}
+        self.accelerator.init_trackers("atommem", config=settings, init_kwargs=init)
 
     def write_settings(self):
         settings = {"stage": self.stage} | self.config.saved()
@@ -216,7 +231,8 @@ class Run:
         shutil.rmtree(part, ignore_errors=True)  # a killed save may have left it
         self.policy.save(part, weights)
         torch.save(states, part / "training.pt")
-        (part / "progress.json").write_text(json.dumps({"step": self.step, "best": self.best}))
+        progress = {"step": self.step, "best": self.best, "tracker_id": self.tracker_id}
+        (part / "progress.json").write_text(json.dumps(progress))
         if not self.checkpoint:  # only now is there something to put in the place of an old run
             self.replace_old_run()
         for path in [self.folder / "metrics.jsonl", *part.rglob("*"), part]:
@@ -245,7 +261,7 @@ class Run:
             kept = f"{self.checkpoint} is intact: continue with --resume {self.folder}"
             then = kept if self.checkpoint else "start again"
             what = f"{self.folder}: step {self.step} could not be saved: {error}"
-            raise SystemExit(f"{what}\n{then} when there is room") from error
+            raise SystemExit(f"{what}\n{then} once it can be written") from error
 
     def finish(self, total: int, next_command: str):
         """Restore the signal handlers, close tracker and process group, print the next command.
@@ -278,6 +294,15 @@ def make_accelerator(config: Config, folder: Path) -> Accelerator:
     return accelerator
 
 
+def device_name(device: torch.device) -> str:
+    """The device and, for a CPU, what its rounding depends on."""
+    if device.type == "cuda":
+        return f"{device}, {torch.cuda.get_device_name(device)}"
+    instructions = torch.backends.cpu.get_cpu_capability()
+    cpu = f"cpu, {instructions}, {torch.get_num_threads()} threads"
+    return cpu if device.type == "cpu" else str(device)
+
+
 def step_name(step: int) -> str:
     return f"step-{step:06d}"
 
@@ -291,9 +316,17 @@ def replace_file(path: Path, text: str):
 
 
 def flush(path: Path):
-    """Make sure that a file, or the names in a folder, are on disk and survive a power cut."""
-    if os.name == "nt":  # Windows flushes neither folders nor files opened to be read
+    """Make sure that a file, or the names in a folder, are on disk and survive a power cut.
+
+    Windows flushes neither folders nor files opened to be read. Some network drives refuse.
+    """
+    if os.name == "nt":
         return
     descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
