@@ -29,11 +29,12 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from agent import Episode, Observation, Policy, Response, parse, run_episodes
-from config import OPERATIONS, BadInput, Config, load_settings, need, parse_args
+from config import BUILT, OPERATIONS, BadInput, Config, load_settings, need, parse_args
 from memory import load_embedder
 from policy import load_policy
 from tasks import Task, corpus, held_out_tasks, scoring
 from tasks.demonstrators import Demonstrator, GoldDemonstrator, TownDemonstrator
+from tasks.formats import alias_file
 from training.checkpoint import device_name, latest_checkpoint, step_name
 from training.tiny import create_policy
 
@@ -268,8 +269,8 @@ def parse_sweep(texts: list[str], config: Config) -> list[dict]:
 
 def row_label(label: str, config: Config, change: dict, variant: str = "") -> str:
     """The name of a row, such as "grpo 2x top_k 6 - Update". change: the sweep's settings."""
-    sizes = {"town": f"{config.length}x", "saved": Path(config.data).name}
-    size = sizes.get(config.task, f"{config.documents} documents")
+    size = f"{config.documents} documents" if config.task in BUILT else Path(config.data).name
+    size = f"{config.length}x" if config.task == "town" else size
     swept = [f"{key} {change[key]}" for key in change if key not in ("length", "documents")]
     return " ".join(filter(None, [label, size, *swept, variant]))
 
@@ -337,6 +338,8 @@ def main():
     print(table(rows))
     if judge and judge.unclear:
         print(f"{judge.unclear} verdicts of the judge were neither yes nor no. They count as no")
+    if config.task == "2wikimultihopqa" and not Path(alias_file(config.data)).exists():
+        print(f"without {alias_file(config.data)} no aliases count; the official scorer uses them")
     print(f"saved as {out}")
 
 

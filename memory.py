@@ -1,10 +1,10 @@
-"""The memory: a vector store with four operations, a scratchpad, and the embedders.
+"""The memory: a vector store with four operations, a scratchpad, and a bag-of-words embedder.
 
 One store belongs to one episode, so no rollout can touch an entry of its siblings. The store does
 not embed anything itself: the agent loop embeds the texts of many episodes in one call and passes
-the vectors in.
+the vectors in. Other embedders are in tools/encoder.py.
 
-Letters: n entries, d dimensions of an embedding, k retrieved entries, B texts, T tokens.
+Letters: n entries, d dimensions of an embedding, k retrieved entries, B texts.
 """
 
 import functools
@@ -18,6 +18,12 @@ import numpy as np
 from config import BadInput
 
 Embedder = Callable[..., np.ndarray]  # embed(texts, query=False) -> (B, d) float32, unit length
+
+# Thai, Lao, Burmese, Khmer, Japanese and Chinese have no spaces: their words are character bigrams.
+UNSPACED = re.compile(
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3041-\u30fa\u30fc-\u30ff\u31f0-\u31ff"
+    "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff]+"
+)
 
 
 @dataclass(frozen=True)
@@ -136,56 +142,14 @@ class HashedEmbedder:
         """(B, d) float32 of unit length, or zeros for a text without words. `query` is ignored."""
         vectors = np.zeros((len(texts), self.dimensions), np.float32)
         for vector, text in zip(vectors, texts):
-            for word in re.findall(r"\w+", text.lower()):
+            text = text.lower()
+            runs = [] if text.isascii() else UNSPACED.findall(text)
+            words = re.findall(r"\w+", UNSPACED.sub(" ", text) if runs else text)
+            words += [run[i : i + 2] for run in runs for i in range(max(1, len(run) - 1))]
+            for word in words:
                 bucket = zlib.crc32(word.encode())  # stable, unlike hash()
                 vector[bucket % self.dimensions] += 1 if bucket >> 31 else -1
         return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
-
-
-class TransformerEmbedder:
-    """Any encoder that transformers loads, by hub name or folder.
-
-    A causal encoder (Qwen3-Embedding) is pooled at its last token, and its queries get the
-    instruction that it was trained with. Other encoders (such as BERT) are mean-pooled.
-    """
-
-    INSTRUCTION = (
-        "Instruct: Given a web search query, retrieve relevant passages that answer the query\n"
-        "Query:"
-    )
-
-    def __init__(self, model: str, device="cpu", batch_size: int = 64):
-        import torch
-        from transformers import AutoModel, AutoTokenizer
-
-        self.torch, self.device, self.batch_size = torch, device, batch_size
-        self.tokenizer = AutoTokenizer.from_pretrained(model, padding_side="right")
-        self.model = AutoModel.from_pretrained(model, dtype=torch.float32).to(device).eval()
-        names = self.model.config.architectures or []
-        self.causal = any("CausalLM" in name for name in names)
-
-    def __call__(self, texts: list[str], query: bool = False) -> np.ndarray:
-        """(B, d) float32 of unit length."""
-        if query and self.causal:
-            texts = [self.INSTRUCTION + text for text in texts]
-        vectors = np.zeros((len(texts), self.model.config.hidden_size), np.float32)
-        order = np.argsort([len(text) for text in texts])  # similar lengths need little padding
-        for start in range(0, len(texts), self.batch_size):
-            rows = order[start : start + self.batch_size]
-            vectors[rows] = self._embed([texts[row] for row in rows])
-        return vectors
-
-    def _embed(self, texts):
-        with self.torch.no_grad():
-            batch = self.tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
-            batch = batch.to(self.device)
-            hidden = self.model(**batch).last_hidden_state.float()  # (B, T, d)
-            mask = batch["attention_mask"]  # (B, T), zeros on the right
-            if self.causal:
-                pooled = hidden[self.torch.arange(len(texts)), mask.sum(1) - 1]  # (B, d)
-            else:
-                pooled = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)  # (B, d)
-            return self.torch.nn.functional.normalize(pooled, dim=-1).cpu().numpy()
 
 
 @functools.cache
@@ -193,7 +157,9 @@ def load_embedder(name: str, device="cpu") -> Embedder:
     """The embedder that --embedder names, cached. Raises BadInput if it cannot be loaded."""
     if name == "hashed":
         return HashedEmbedder()
+    from tools.encoder import TransformerEmbedder  # here: only this option needs tools/
+
     try:
         return TransformerEmbedder(name, device)
     except (OSError, ValueError) as error:
-        raise BadInput(f"--embedder {name}: transformers cannot load it: {error}") from error
+        raise BadInput(f"--embedder {name} cannot be loaded: {error}") from error

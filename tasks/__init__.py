@@ -1,4 +1,4 @@
-"""The tasks: the built-in town (town.py) and long-context QA from data files (qa.py).
+"""The tasks: the built-in town (town.py), and long-context QA (qa.py) from files (formats.py).
 
 Each is a stream: a function from an index to a task. The same settings give the same tasks.
 """
@@ -6,7 +6,7 @@ Each is a stream: a function from an index to a task. The same settings give the
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from config import Config
+from config import BUILT, COMPLETE, Config
 
 
 @dataclass(frozen=True)
@@ -38,13 +38,13 @@ def load_tasks(config: Config, split: str, count: Count) -> Callable[[int], Task
         return lambda index: town_task(index, split, config)
     from tasks.qa import QATasks, SavedTasks, lay_out
 
-    build = (SavedTasks if config.task == "saved" else QATasks)(config, split)
+    build = (QATasks if config.task in BUILT else SavedTasks)(config, split)
     return lambda index: lay_out(build(index), config, count)
 
 
 def held_out_tasks(config: Config, split: str, number: int, count: Count) -> list[Task]:
-    """The first `number` tasks of the 'dev' or 'test' stream, or all that a saved set has."""
-    if config.task == "saved":
+    """The first `number` tasks of the 'dev' or 'test' stream, or all of a complete set."""
+    if config.task in COMPLETE:
         from tasks.qa import SavedTasks
 
         number = min(number, len(SavedTasks(config, split)))

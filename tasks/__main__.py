@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Iterable
 
-from config import check_new_file, need, parse_args
+from config import BUILT, check_new_file, need, parse_args
 from tasks import Task
 from tasks.qa import QATasks
 
@@ -33,8 +33,7 @@ def main():
     out = ("--out", dict(required=True, metavar="FILE", help="the JSONL file to write"))
     config, args = parse_args("Build the test tasks of a QA file, and save them.", extra=[out])
     check_new_file("--out", args.out, config.overwrite)
-    built = config.task not in ("town", "saved")
-    need(built, "--task has to be that of a QA file: hotpotqa, 2wikimultihopqa or musique")
+    need(config.task in BUILT, f"--task has to be that of a QA file: {', '.join(BUILT)}")
     build, number = QATasks(config, "test"), config.eval_tasks
     save_tasks(map(build, range(number)), args.out)
     print(f"{number} tasks of {config.documents} documents, saved as {args.out}; next:")

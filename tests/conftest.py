@@ -15,6 +15,7 @@ from agent import Response
 from config import Config
 from memory import HashedEmbedder
 from tasks import Question, Task, corpus
+from tools.server import PROBE
 from training.tiny import create_policy
 
 torch.set_num_threads(1)  # tiny models are faster so, and a busy machine does not stall them
@@ -97,31 +98,45 @@ def tiny():
 class Server(ThreadingHTTPServer):
     """Stands in for an OpenAI-compatible server.
 
-    It answers by reply(messages): a text, or a number, the HTTP error. `most` counts the requests
-    it had at the same time. A `strict` one refuses fields that OpenAI's does not have.
+    It answers by reply(messages): a text, None, or an HTTP error (status, body). `refuses` are
+    fields that it refuses, with a `complaint` that may name one. `seen` are the questions that it
+    got, `probes` what came before them. `most` counts the requests it had at the same time.
     """
 
     def __init__(self, reply):
-        self.reply, self.seen, self.now, self.most = reply, [], 0, 0
-        self.lock, self.strict = threading.Lock(), False
+        self.reply, self.seen, self.probes, self.now, self.most = reply, [], [], 0, 0
+        self.lock, self.refuses, self.status = threading.Lock(), (), 200
+        self.complaint = "Unsupported parameter: '{}' is not supported with this model."
         super().__init__(("127.0.0.1", 0), Handler)
         threading.Thread(target=self.serve_forever, daemon=True).start()
         self.url = f"http://127.0.0.1:{self.server_port}/v1"
+
+    def result(self, body):
+        """The answer's text, or (status, body) of an HTTP error."""
+        for name in self.refuses:
+            if name in body:
+                message = self.complaint.format(name)
+                return 400, json.dumps({"error": {"message": message, "code": "bad_value"}})
+        if self.status != 200:
+            return self.status, "no"
+        return "yes" if body["messages"] == PROBE else self.reply(body["messages"])
+
+    def handle_error(self, *_):  # a client that went away
+        pass
 
 
 class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         server, body = self.server, json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         with server.lock:
-            server.seen.append({"path": self.path, **body})
+            seen = server.probes if body["messages"] == PROBE else server.seen
+            seen.append({"path": self.path, **body})
             server.now += 1
             server.most = max(server.most, server.now)
         time.sleep(0.02)
-        refused = server.strict and "chat_template_kwargs" in body
-        reply = 400 if refused else server.reply(body["messages"])
+        result = server.result(body)
         with server.lock:
             server.now -= 1
-        message = {"role": "assistant", "content": reply}
         answer = {
             "id": "x",
             "object": "chat.completion",
@@ -129,10 +144,12 @@ class Handler(BaseHTTPRequestHandler):
             "model": body["model"],
             "system_fingerprint": "",
             "usage": {"prompt_tokens": 1, "completion_tokens": 7, "total_tokens": 8},
-            "choices": [{"index": 0, "finish_reason": "stop", "message": message}],
+            "choices": [{"index": 0, "finish_reason": "stop"}],
         }
-        data = json.dumps(answer if isinstance(reply, str) else {"error": "no"}).encode()
-        self.send_response(200 if isinstance(reply, str) else reply)
+        answer["choices"][0]["message"] = {"role": "assistant", "content": result}
+        status, text = result if isinstance(result, tuple) else (200, json.dumps(answer))
+        data = text.encode()
+        self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()

@@ -6,6 +6,7 @@ Most tests call main functions in this process: starting another one takes secon
 import importlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -291,3 +292,15 @@ def test_bad_input_in_a_shell(tmp_path):
     out, errors = process.communicate()
     assert process.returncode == 1 and not out and "Traceback" not in errors
     assert errors.strip().splitlines()[-1].startswith("no model to start from")
+
+
+def test_the_guides_example_in_python(tiny, tmp_path, monkeypatch, capsys):
+    """Bug: the example in docs/guide.md no longer runs."""
+    run = tmp_path / "runs" / "town" / "grpo"
+    tiny.save(run / "step-000001")
+    (run / "config.json").write_text(json.dumps({"stage": "grpo"} | tiny.config.saved()))
+    monkeypatch.chdir(tmp_path)
+    guide = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
+    names = {}
+    exec(re.search(r"```python\n(.*?)```", guide, re.DOTALL)[1], names)
+    assert len(names["episode"].answers) == 2 and capsys.readouterr().out.startswith("[")

@@ -1,4 +1,4 @@
-"""The town, the QA files, saved sets, and how documents are cut into chunks."""
+"""The town, tasks from QA files, saved sets, and how documents are cut into chunks."""
 
 import hashlib
 import json
@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 
 from config import BadInput, Config
-from tasks import Question, corpus, held_out_tasks, load_tasks
+from tasks import corpus, held_out_tasks, load_tasks
 from tasks.__main__ import save_tasks
-from tasks.qa import QATasks, SavedTasks, read_rows, split_chunks, split_numbers
+from tasks.formats import read_rows
+from tasks.qa import QATasks, SavedTasks, split_chunks, split_numbers
 from tasks.town import NAMES, texts, town_task
 
 ROOT = Path(__file__).parent.parent
@@ -216,43 +217,6 @@ def test_documents_in_another_order():
     assert moved[0] != moved[1]
 
 
-def test_details_of_the_formats(tmp_path):
-    """Bug: 2Wiki's sentences are glued together, JSONL is split at separators inside a text, or
-    MuSiQue's paragraphs are found by their titles, which repeat."""
-    row = {
-        "question": "Q?",
-        "answer": "A",
-        "supporting_facts": [["T", 1]],
-        "context": [["T", ["One.", "Two."]], ["U", ["x"]]],
-    }
-    (tmp_path / "2wiki.json").write_text(json.dumps([row]))
-    [example] = read_rows(tmp_path / "2wiki.json", "2wikimultihopqa")
-    assert example.documents == ("T\nOne. Two.", "U\nx") and example.gold == 1
-    assert example.questions == (Question("Q?", ("A",), (("T", "Two."),)),)
-    text = "First.\u2028The a is here."
-    paragraphs = [
-        {"idx": 3, "title": "T", "paragraph_text": "Not this.", "is_supporting": False},
-        {"idx": 7, "title": "T", "paragraph_text": text, "is_supporting": True},
-    ]
-    row = {"question": "Q?", "answer": "A", "answer_aliases": ["B"], "paragraphs": paragraphs}
-    row["question_decomposition"] = [{"answer": "A", "paragraph_support_idx": 7}]
-    lines = json.dumps(row, ensure_ascii=False) + "\n \r\n" + json.dumps(row) + "\r\n"
-    (tmp_path / "m.jsonl").write_bytes(lines.encode())
-    example, again = read_rows(tmp_path / "m.jsonl", "musique")
-    assert example.questions == (Question("Q?", ("A", "B"), (("T", "The a is here."),)),)
-    assert example.documents == ("T\nFirst. The a is here.", "T\nNot this.") and example.gold == 1
-    assert again == example
-
-
-def test_equal_texts_are_stored_once():
-    """Bug: a paragraph that many rows share is kept once per row, in several times the memory."""
-    path = str(DATA / FILES["musique"])
-    rows = read_rows(path, "musique")
-    assert read_rows(path, "musique") is rows  # not read again
-    documents = [text for row in rows for text in row.documents]
-    assert len(set(map(id, documents))) == len(set(documents)) < len(documents)
-
-
 def test_the_vocabulary_sees_all_texts(tmp_path):
     """Bug: the tokenizer of a QA model is trained without questions, answers or documents."""
     config = qa_config()
@@ -276,6 +240,10 @@ def test_chunks_rejoin_to_the_text():
         chunks = split_chunks(texts, most, lambda texts: list(map(len, texts)))
         assert "".join(chunks) == "".join(texts)
         assert all(0 < len(chunk) <= most for chunk in chunks)
+    # A long text is cut at a line's end if one is in the second half of the chunk, else at a space.
+    facts = "1. a b c\n2. d e f\n3. g h i\n"
+    assert split_chunks([facts], 5, count) == tuple(facts.splitlines(keepends=True))
+    assert split_chunks(["T\na b c d e f"], 4, count) == ("T\na b ", "c d e f")
     assert split_chunks(["", "a"], 3, count) == ("a",) and split_chunks([""], 3, count) == ()
 
 
@@ -348,54 +316,7 @@ def test_the_script_saves_what_evaluation_builds(tmp_path):
     assert "that of a QA file" in saved_again.stderr and "Traceback" not in saved_again.stderr
 
 
-# --- files that cannot be used --------------------------------------------------------------------
-QUESTION = '{"id": 1, "questions": [{"question": "Q", "answers": %s}], "documents": %s}'
-BAD_FILES = [
-    ('{"id": 1, "questions": [], "documents": []}', "saved", "lists that are not empty"),
-    (QUESTION % ("[]", '["a"]'), "saved", "lists that are not empty"),
-    (QUESTION % ('["a"]', '"text"'), "saved", "must be lists"),
-    (QUESTION % ('"Ben"', '["a"]'), "saved", "must be lists"),
-    (QUESTION % ('["a"]', "[3]"), "saved", "row 0 is not in the format of saved"),
-    (QUESTION % ('["a"]', '["b"]') + "\n\n{", "saved", "row 1 is not JSON, or not complete"),
-    ("\n".join([QUESTION % ('["a"]', '["b"]')] * 2), "saved", "several tasks have the id"),
-    (None, "hotpotqa", "no such file"),
-    ("", "hotpotqa", "empty"),
-    ("{not json", "hotpotqa", "HotpotQA and 2Wiki files hold a list"),
-    ("{not json", "musique", "row 0 is not JSON"),
-    ('[{"question": "Q', "hotpotqa", "not complete"),
-    ("[]", "hotpotqa", "no rows"),
-    ('[{"question": "Q?"}]', "hotpotqa", "row 0 is not in the format of hotpotqa"),
-    ('{"data": []}', "hotpotqa", "hold a list"),
-    ("3", "2wikimultihopqa", "hold a list"),
-    ("[3]", "hotpotqa", "row 0 is not in the format"),
-    (
-        '[{"question": "Q?", "answer": "A", "supporting_facts": [["Gone", 0]], '
-        '"context": [["T", ["x"]]]}]',
-        "hotpotqa",
-        "fullwiki",
-    ),
-]
-
-
-@pytest.mark.parametrize("content, task, complaint", BAD_FILES)
-def test_bad_files_get_one_sentence(tmp_path, content, task, complaint):
-    """Bug: a wrong file ends in a traceback deep in training, without the file's name."""
-    path = tmp_path / "file.json"
-    if content is not None:
-        path.write_text(content)
-    with pytest.raises(BadInput, match="file.json") as error:
-        read_rows(path, task)
-    assert complaint in str(error.value) and "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("task", ["hotpotqa", "musique"])
-def test_a_binary_file_gets_one_sentence(tmp_path, task):
-    """Bug: a compressed download ends in a UnicodeDecodeError."""
-    (tmp_path / "file.json").write_bytes(b"\x1f\x8b\x08\x00")
-    with pytest.raises(BadInput, match="file.json: not a text file"):
-        read_rows(tmp_path / "file.json", task)
-
-
+# --- settings that a file is too small for --------------------------------------------------------
 @pytest.mark.parametrize(
     "settings, complaint",
     [

@@ -6,7 +6,7 @@ The model can play as the policy, write demonstrations as a teacher, or judge an
 
 If the server needs a key, it is read from the environment variable OPENAI_API_KEY. Every answer is
 written to a file at once, and a question whose answer is there is not asked again. So a job that
-was stopped continues where it was.
+was stopped continues where it was. The file also keeps which fields the server refuses.
 """
 
 import copy
@@ -16,15 +16,15 @@ import math
 import os
 import re
 import threading
-import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 
 from huggingface_hub import InferenceClient
 
-from agent import Episode, Observation, Response, instruction, render
+from agent import Episode, Observation, Response, instruction, render, without_thoughts
 from config import BadInput, Config, need
 from policy import fit
 from tasks.demonstrators import read_jsonl_log
@@ -33,6 +33,10 @@ from tasks.scoring import answered
 TIMEOUT = 600  # seconds for one answer
 PAUSES = (1, 4, 15, 60)  # seconds before each new try after a transient error
 FINAL = {400, 401, 403, 404, 405, 413, 422}  # HTTP errors that are not retried
+TOO_LONG = re.compile(r"(?i)too long|(exceed|maximum).*(length|token)|context.(length|size|limit)")
+NO_THINKING = {"enable_thinking": False}  # as for a local model
+FIELDS = ("chat_template_kwargs", "max_tokens", "temperature")  # some servers refuse them
+PROBE = [{"role": "user", "content": "Reply with yes."}]
 
 
 class Endpoint:
@@ -43,83 +47,132 @@ class Endpoint:
     """
 
     def __init__(self, url: str, model: str, file, in_flight: int, seed: int = 0):
+        need(in_flight <= 100, "--in_flight: the HTTP client opens at most 100 connections")
         self.url, self.model, self.in_flight, self.seed = url, model, in_flight, seed
         key = os.environ.get("OPENAI_API_KEY", "none")
         self.client = InferenceClient(base_url=url, api_key=key, timeout=TIMEOUT)
-        # No thinking, as for a local model. If a server refuses the field, it is left out.
-        self.extra = {"chat_template_kwargs": {"enable_thinking": False}}
         self.name = f"--endpoint {url}, model {model}"  # for error messages
         self.lock = threading.Lock()  # for the file
+        self.gone = threading.Event()  # set if the server will not answer any question
         self.warned = False  # whether a transient error was already reported
         self.asked = Counter()  # how often each question was asked
-        self.known, self.file = {}, Path(file)  # known: key -> Response
+        self.file = Path(file)
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        if self.file.exists():
-            rows = read_jsonl_log(self.file, "key")
-            self.known = {row.pop("key"): Response(**row) for row in rows}
-        if self.known:
-            print(f"{self.file} holds {len(self.known)} answers, which are not asked for again")
+        rows = read_jsonl_log(self.file, "key") if self.file.exists() else []
+        self.known = {row.pop("key"): row for row in rows}
+        answers = sum("text" in row for row in self.known.values())
+        if answers:
+            print(f"{self.file} holds {answers} answers, which are not asked for again")
 
     def complete(self, conversations: list, max_tokens: int, temperature: float) -> list[Response]:
         """One Response for each conversation, a list of {"role": ..., "content": ...} messages.
 
         A repeated conversation gets another sample, unless `temperature` is 0. Raises BadInput if
-        the server refuses or cannot be reached, after the requests in flight have been answered.
+        a question failed, after the others were asked, or if the server cannot be reached.
         """
-        settings = {"model": self.model, "max_tokens": max_tokens, "temperature": temperature}
+        refused = self.probe(max_tokens)
+        settings = self.settings(max_tokens, temperature, refused)
         # The keys are numbered before any request is sent, so a restart gives the same keys.
-        keys = [self.key(messages, max_tokens, temperature) for messages in conversations]
+        keys = [self.key(messages, max_tokens, temperature, refused) for messages in conversations]
         unknown = {k: m for k, m in zip(keys, conversations) if k not in self.known}
+        self.gone.clear()
         with ThreadPoolExecutor(self.in_flight) as threads:
-            # An error cancels the requests that have not been sent, and waits for the others.
-            list(threads.map(lambda key: self.ask_and_keep(key, unknown[key], settings), unknown))
-        return [self.known[key] for key in keys]
+            results = threads.map(lambda k: self.ask_and_keep(k, unknown[k], settings), unknown)
+            errors = [error for error in results if error]
+        if errors:
+            raise errors[0]
+        return [Response(**self.known[key]) for key in keys]
 
-    def key(self, messages: list[dict], max_tokens: int, temperature: float) -> str:
+    def probe(self, max_tokens: int) -> list[str]:
+        """Those of FIELDS that the server refuses. It is asked once, at temperature 0."""
+        if self.name in self.known:
+            return self.known[self.name]["refused"]
+        named, unexplained = set(), []  # named: fields that the server's errors name
+        for refused in (set(some) for n in range(4) for some in combinations(FIELDS, n)):
+            if not named <= refused:
+                continue
+            try:
+                self.ask(PROBE, self.settings(max_tokens, 0.0, refused))
+            except BadInput as error:
+                status, body = http_error(error.__cause__)
+                if status not in (400, 422) or TOO_LONG.search(body):
+                    raise
+                new = {field for field in FIELDS if field in body} - refused
+                named |= new
+                if not new:
+                    unexplained.append(error)
+            else:
+                self.keep(self.name, {"refused": sorted(refused)})
+                if refused:
+                    print(f"{self.name} does not accept {', '.join(sorted(refused))}")
+                return sorted(refused)
+        raise unexplained[0]
+
+    def settings(self, max_tokens: int, temperature: float, refused) -> dict:
+        """The settings of a request, without the fields that the server refuses."""
+        limit = "max_completion_tokens" if "max_tokens" in refused else "max_tokens"
+        fields = {"temperature": temperature, "chat_template_kwargs": NO_THINKING}
+        accepted = {name: value for name, value in fields.items() if name not in refused}
+        return {"model": self.model, "extra_body": {limit: max_tokens} | accepted}
+
+    def key(self, messages: list[dict], max_tokens: int, temperature: float, refused) -> str:
         """The key of a question in the file. Repetitions of a question are numbered."""
         seed = self.seed if temperature else 0
-        question = json.dumps([self.url, self.model, messages, max_tokens, temperature, seed])
-        name = hashlib.sha256(question.encode()).hexdigest()
+        question = [self.url, self.model, messages, max_tokens, temperature, seed, *refused]
+        name = hashlib.sha256(json.dumps(question).encode()).hexdigest()
         self.asked[name] += int(temperature > 0)
         return f"{name} {self.asked[name]}"
 
-    def ask_and_keep(self, key, messages, settings):
-        """Ask the server, and write the answer to the file."""
-        response = self.ask(messages, settings)
-        kept = {name: getattr(response, name) for name in ("text", "tokens", "truncated")}
+    def ask_and_keep(self, key: str, messages: list[dict], settings: dict) -> BadInput | None:
+        """Ask a question and keep the answer. Returns the error if there is one."""
+        if self.gone.is_set():
+            return None  # the request that found out has the error
+        try:
+            self.keep(key, self.ask(messages, settings))
+        except BadInput as error:
+            return error
+
+    def keep(self, key: str, row: dict):
+        self.known[key] = row
         with self.lock, open(self.file, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"key": key} | kept) + "\n")
-        self.known[key] = response
+            file.write(json.dumps({"key": key} | row) + "\n")
 
-    def ask(self, messages, settings):
-        """The server's Response. Transient errors are tried again after each of PAUSES."""
-        pauses = list(PAUSES)
+    def ask(self, messages: list[dict], settings: dict) -> dict:
+        """The answer, as `read_answer` gives it. Tries again after transient errors."""
+        pauses, timeouts = list(PAUSES), 0
         while True:
-            extra = self.extra
             try:
-                answer = self.client.chat_completion(messages, extra_body=extra, **settings)
-                return read_answer(answer)
+                return read_answer(self.client.chat_completion(messages, **settings))
             except Exception as error:  # each version of the client has its own types
-                status = getattr(getattr(error, "response", None), "status_code", None)
-                if status in (400, 422) and extra:
-                    self.extra = None
-                    continue
-                message = f"{self.name}: {' '.join(str(error).split())}"
-                if status in FINAL or not pauses:
-                    raise BadInput(f"{message}; answers so far are in {self.file}") from error
-                if not self.warned:
+                status, body = http_error(error)
+                reason = f"HTTP {status}: {body}" if status else str(error)
+                message = f"{self.name}: {' '.join(reason.split())[:500]}"
+                if status in (400, 413, 422) and TOO_LONG.search(body):
+                    message += ". Lower --max_prompt_tokens, or raise the server's context"
+                timeouts += isinstance(error, TimeoutError)
+                final = status in FINAL or timeouts == 2 or not pauses
+                if status in (401, 403, 404) or final and type(error).__name__ == "ConnectError":
+                    self.gone.set()
+                if not final and not self.warned:
                     print(f"{message}; trying again for {sum(PAUSES)} seconds")
-                self.warned = True
-                time.sleep(pauses.pop(0))
+                    self.warned = True
+                if final or self.gone.wait(pauses.pop(0)):
+                    raise BadInput(f"{message}; answers so far are in {self.file}") from error
 
 
-def read_answer(answer) -> Response:
-    """The Response in a chat completion, without the model's thoughts."""
+def http_error(error: Exception) -> tuple[int | None, str]:
+    """The status and the body of an HTTP error, or (None, "") for another error."""
+    # If the body is no JSON object, the client fails on it. The HTTP error is then the context.
+    response = getattr(error, "response", None) or getattr(error.__context__, "response", None)
+    return (response.status_code, response.text) if response else (None, "")
+
+
+def read_answer(answer) -> dict:
+    """The fields of a Response in a chat completion, without the model's thoughts."""
     [choice] = answer.choices
-    _, _, text = (choice.message.content or "").rpartition("</think>")
-    text, _, _ = text.partition("<think>")  # cut off while it was thinking
+    text = without_thoughts(choice.message.content or "")
     tokens = answer.usage.completion_tokens if answer.usage else rough_count([text])[0]
-    return Response(text, tokens, truncated=choice.finish_reason == "length")
+    return {"text": text, "tokens": tokens, "truncated": choice.finish_reason == "length"}
 
 
 def rough_count(texts: list[str]) -> list[int]:
@@ -178,7 +231,7 @@ class Judge:
         need(url, "--judge needs the URL of a server: --judge_endpoint, or --endpoint")
         self.endpoint = Endpoint(url, model, f"runs/{config.name}/verdicts.jsonl", config.in_flight)
         self.unclear = 0  # verdicts that were neither yes nor no; they count as no
-        self.verdicts(["Reply with yes."])  # fails here, before long work, if there is no server
+        self.verdicts([])  # fails here, before long work, if the server was never reached
 
     def __call__(self, episodes: list[Episode]) -> int:
         """How many answers in these episodes are right."""
