@@ -29,12 +29,13 @@ class Chat:
             ) from error
         if "strftime_now" in self.template:
             self.template = FIXED_DATE + self.template
-        reason = ""
+        text = reason = ""
         for self.system_role in (True, False):  # Gemma 2 and Mistral 7B refuse a system message
             try:
-                text = self.example()
+                chat = [*self.messages("x"), {"role": "assistant", "content": ANSWER}]
+                [text] = self.apply_template([chat], tokenize=False)
             except TemplateError as error:
-                text, reason = "", f": {error}"
+                reason = f": {error}"
             if instruction in text or NO_INSTRUCTION in self.template:
                 break
         else:
@@ -44,11 +45,6 @@ class Chat:
         special = ids and ids[0] in tokenizer.added_tokens_decoder
         self.end_id = ids[0] if special else tokenizer.eos_token_id
         need(self.end_id is not None, f"{self.name} has no end token: no response could end")
-
-    def example(self) -> str:
-        """The text that the template makes of a prompt and a response."""
-        chat = [*self.messages("x"), {"role": "assistant", "content": ANSWER}]
-        return self.apply_template([chat], tokenize=False)[0]
 
     def messages(self, text: str) -> list[dict[str, str]]:
         """The messages of a prompt. Without a system role, the instruction precedes the text."""

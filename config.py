@@ -17,9 +17,9 @@ from pathlib import Path
 
 from transformers import HfArgumentParser
 
-BUILT = ("hotpotqa", "2wikimultihopqa", "musique")  # a task is built from several rows
-ORDERED = ("locomo", "longmemeval", "memoryagentbench")  # the order of documents has a meaning
-COMPLETE = ("saved", "memagent", "babilong", *ORDERED)  # each row is a task
+# A task is built from several rows of a file, or it is one row.
+BUILT = ("hotpotqa", "2wikimultihopqa", "musique")
+COMPLETE = ("saved", "memagent", "babilong", "locomo", "longmemeval", "memoryagentbench")
 TASKS = ("town", *BUILT, *COMPLETE)
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio", "swanlab", "comet_ml", "aim", "clearml")
 OPERATIONS = ("create", "read", "update", "delete", "scratchpad")
@@ -42,9 +42,7 @@ def setting(default: object, help: str):
 class Config:
     # --- the task -----------------------------------------------------------------------------
     task: str = setting("town", f"one of: {', '.join(TASKS)}; saved: a set made by python -m tasks")
-    data: str = setting(
-        "", "data file in that task's format, or hub NAME:CONFIG:SPLIT; not for town"
-    )
+    data: str = setting("", "data file in that format, or a hub's NAME:CONFIG:SPLIT; town: none")
     questions: int = setting(2, "questions per task; 0: 1 to 10 at random (paper); town: at most 4")
     length: int = setting(1, "town: story length, in multiples of the training length")
     documents: int = setting(200, "QA: documents per task (paper: 200; in tests 200, 400, 800)")
@@ -132,8 +130,6 @@ class Config:
         town = self.task == "town"
         need(town or self.data, f"--task {self.task} needs --data FILE in that set's format")
         need(not (town and self.data), "--data is for the QA sets: the town writes its own stories")
-        shuffled = self.order and self.task in ORDERED
-        need(not shuffled, f"--order: the documents of {self.task} have to stay in their order")
         need(not town or self.questions <= 4, "--questions: a story of the town has at most 4")
         need(self.temperature > 0, "--temperature must be above 0: training has to sample")
         for name in ("clip_low", "easy_share"):

@@ -32,11 +32,11 @@ from agent import Episode, Observation, Policy, Response, parse, run_episodes
 from config import BUILT, OPERATIONS, BadInput, Config, load_settings, need, parse_args
 from memory import load_embedder
 from policy import load_policy
-from tasks import Task, corpus, held_out_tasks, scoring
+from tasks import Task, held_out_tasks, scoring
 from tasks.demonstrators import Demonstrator, GoldDemonstrator, TownDemonstrator
 from tasks.formats import alias_file
 from training.checkpoint import device_name, latest_checkpoint, step_name
-from training.tiny import create_policy
+from training.tiny import corpus, create_policy
 
 
 # --- what is compared -----------------------------------------------------------------------------

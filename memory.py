@@ -113,24 +113,6 @@ class Memory:
         ids = rng.sample(list(self.texts), min(k, len(self)))
         return [Entry(id, self.texts[id]) for id in ids]
 
-    def state(self) -> dict:
-        """The whole memory as a dict for JSON. float32 values survive the round trip exactly."""
-        rows = [
-            (id, text, self._vectors[self._row[id]].tolist()) for id, text in self.texts.items()
-        ]
-        settings = {"capacity": self.capacity, "next_id": self.next_id}
-        return settings | {"scratchpad": self.scratchpad, "entries": rows}
-
-    @classmethod
-    def from_state(cls, state: dict) -> "Memory":
-        """The inverse of state(). Raises KeyError, TypeError or ValueError if it is malformed."""
-        memory = cls(state["capacity"])
-        for id, text, vector in state["entries"]:
-            memory.next_id = id
-            memory.create(text, np.asarray(vector, np.float32))
-        memory.scratchpad, memory.next_id = state["scratchpad"], state["next_id"]
-        return memory
-
 
 class HashedEmbedder:
     """A bag of words, hashed into signed buckets. Needs no download and is the same everywhere."""

@@ -28,12 +28,12 @@ from agent import Episode, observe
 from config import Config, need, parse_args
 from memory import Memory, load_embedder
 from policy import LanguageModel, Sample, load_policy
-from tasks import corpus, held_out_tasks, load_tasks
+from tasks import held_out_tasks, load_tasks
 from tasks.demonstrators import curriculum, demonstrate, recorded
 from training import distributed as dist
 from training.checkpoint import Run, starting_model
 from training.optim import clip_and_step, count_bad_steps, lr_factor, make_optimizers, set_lr
-from training.tiny import create_policy
+from training.tiny import corpus, create_policy
 
 # --- samples --------------------------------------------------------------------------------------
 

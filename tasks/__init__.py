@@ -3,7 +3,7 @@
 Each is a stream: a function from an index to a task. The same settings give the same tasks.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from config import BUILT, COMPLETE, Config
@@ -49,14 +49,3 @@ def held_out_tasks(config: Config, split: str, number: int, count: Count) -> lis
 
         number = min(number, len(SavedTasks(config, split)))
     return list(map(load_tasks(config, split, count), range(number)))
-
-
-def corpus(config: Config) -> Iterator[str]:
-    """Texts for the vocabulary of a tiny model's tokenizer."""
-    if config.task == "town":
-        from tasks.town import texts
-
-        return iter(texts())
-    from tasks.qa import texts
-
-    return iter(texts(config))

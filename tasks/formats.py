@@ -1,8 +1,8 @@
 """Readers of data files. One function per format converts a row.
 
-A file is a JSON list, JSONL or {"data": [rows]}, also gzip-compressed, or Parquet. It may also be a
-data set of the Hugging Face hub: NAME[:CONFIG[:SPLIT]]. In HotpotQA, 2WikiMultihopQA and MuSiQue a
-row is one question with its paragraphs. In the other formats it is a complete task. Their rows are
+A file is a JSON list, JSONL, either of them compressed by gzip, or Parquet. It may also be a data
+set of the Hugging Face hub: NAME[:CONFIG[:SPLIT]]. In HotpotQA, 2WikiMultihopQA and MuSiQue a row
+is one question with its paragraphs. In the other formats it is a complete task. Their rows are
 brought into the format of saved sets, which is also the format for your own questions:
 
     {"id": "a", "questions": [{"question": "Who?", "answers": ["Ben", "an alias"]}],
@@ -20,13 +20,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from sys import intern  # equal texts of different rows are stored once
 
-from config import BadInput, Config, need
+from config import BadInput, need
 from tasks import Question, Task
 
 MAX_BAD = 0.05  # a file with a larger share of bad rows is refused
 ACCEPTED = (
-    'Accepted are a JSON list of rows, one row per line, and {"data": [rows]}, as UTF-8 or .gz; '
-    "unpack a .zip, .xz or .tar file first"
+    "Accepted are a JSON list of rows and one row per line, as UTF-8 or .gz; unpack a .zip, .xz or "
+    ".tar file first"
 )
 HUB = re.compile(r"(?!.*\.(json|jsonl|gz|parquet)$)[\w.-]+/[\w.-]+(:[\w.-]*){0,2}")
 Rows = Iterator[tuple[str, dict]]  # with each row, its place: "line N" of JSONL, else "row N"
@@ -75,36 +75,23 @@ def dataset_rows(path: str) -> Rows:
 def json_rows(path: str, compressed: bool) -> Rows:
     """raw_rows of JSON or JSONL. JSONL is read line by line."""
     open_file, number = gzip.open if compressed else open, 0
-    # newline="\n": no other character ends a line
+    # newline="\n": texts contain other line separators
     with open_file(path, "rt", encoding="utf-8-sig", newline="\n") as file:
         start = file.read(1000).lstrip()
         need(start, f"{path}: the file is empty")
         file.seek(0)
-        jsonl = start.startswith("{") and is_row(next(filter(str.strip, file)))
-        file.seek(0)
         try:
-            if jsonl:
+            if start.startswith("{"):
                 for number, line in enumerate(file, 1):
                     if line.strip():
                         yield f"line {number}", json.loads(line)
                 return
-            content = json.load(file)
+            rows = json.load(file)
         except json.JSONDecodeError as error:
             line = f"line {number or error.lineno} is not JSON, or not complete: {error.msg}"
             raise BadInput(f"{path}: {line}. {ACCEPTED}") from error
-    rows = content.get("data") if isinstance(content, dict) else content
-    fields = f"; its fields are {', '.join(content)}" if isinstance(content, dict) else ""
-    need(isinstance(rows, list), f"{path}: there is no list of rows{fields}. {ACCEPTED}")
+    need(isinstance(rows, list), f"{path}: there is no list of rows. {ACCEPTED}")
     yield from ((f"row {number}", row) for number, row in enumerate(rows, 1))
-
-
-def is_row(line: str) -> bool:
-    """Whether a line is a JSON object, and not {"data": [rows]}."""
-    try:
-        value = json.loads(line)
-    except json.JSONDecodeError:
-        return False
-    return isinstance(value, dict) and not isinstance(value.get("data"), list)
 
 
 # --- all rows, converted --------------------------------------------------------------------------

@@ -1,21 +1,11 @@
 """Tasks from data files: built from the questions of a QA set, or complete ones."""
 
 import random
-from collections.abc import Iterator
 from dataclasses import replace
 
 from config import Config, need
 from tasks import Count, Task
 from tasks.formats import read_rows
-
-
-def texts(config: Config) -> Iterator[str]:
-    """The texts of at most about 2000 rows, spread over the file."""
-    rows = read_rows(config.data, config.task)
-    for row in rows[:: max(1, len(rows) // 2000)]:
-        for question in row.questions:
-            yield from (question.text, *question.answers)
-        yield from row.documents
 
 
 def split_numbers(total: int, split: str, least: int) -> list[int]:
@@ -109,6 +99,8 @@ def lay_out(task: Task, config: Config, count: Count) -> Task:
     """The task with its documents numbered and cut into chunks. --order N shuffles them first."""
     documents = list(task.documents)
     if config.order:
+        dated = config.task in ("locomo", "longmemeval", "memoryagentbench")
+        need(not dated, f"--order: the documents of {config.task} have to stay in their order")
         random.Random(f"{config.order} {task.id}").shuffle(documents)
     numbered = [f"Document {number}: {text}\n" for number, text in enumerate(documents, 1)]
     chunks = split_chunks(numbered, config.chunk_tokens, count)

@@ -129,12 +129,3 @@ def town_task(index: int, split: str, config: Config, hops: bool = True) -> Task
     asked, chunks = story(index, split, config, hops)
     questions = tuple(Question(text, (answer,)) for text, answer in asked)
     return Task(f"town-{split}-{index}", questions, tuple(chunks), tuple(chunks))
-
-
-def texts() -> list[str]:
-    """Texts with every word of the town's prompts: the word-level tokenizer's vocabulary."""
-    found = ["none", sentence("pet", NAMES[0], None) + "."]
-    found += ["Questions: Question: Scratchpad: Query: Text: #", *map(str, range(100))]
-    for kind, name in product(SENTENCES, NAMES):
-        found += [sentence(kind, name, value) for value in VALUES.get(kind, [""])]
-    return found + [question.format(name=NAMES[0]) for question in QUESTIONS.values()]

@@ -14,9 +14,9 @@ import grpo
 from agent import Response
 from config import Config
 from memory import HashedEmbedder
-from tasks import Question, Task, corpus
+from tasks import Question, Task
 from tools.server import PROBE
-from training.tiny import create_policy
+from training.tiny import corpus, create_policy
 
 torch.set_num_threads(1)  # tiny models are faster so, and a busy machine does not stall them
 ROOT = Path(__file__).parent.parent

@@ -10,8 +10,7 @@ from agent import Observation, instruction, render
 from chat import Chat
 from config import BadInput, Config
 from memory import Entry
-from tasks import corpus
-from training.tiny import train_tokenizer
+from training.tiny import corpus, train_tokenizer
 
 INSTRUCTION = instruction(Config())
 TURNS = "{% for m in messages %}<|start|>{{ m.role }}\n{{ m.content }}<|end|>\n{% endfor %}"

@@ -9,9 +9,8 @@ from transformers import AutoModel, BertConfig, BertModel, Qwen3Config, Qwen3For
 
 from config import BadInput, Config
 from memory import load_embedder
-from tasks import corpus
 from tools.encoder import INSTRUCTION, TransformerEmbedder
-from training.tiny import train_tokenizer
+from training.tiny import corpus, train_tokenizer
 
 TEXTS = ["Anna lives in Rome", "Ben", "Clara works for David", "Emma has a cat", "Felix"]
 

@@ -32,13 +32,12 @@ from agent import TAGS, Observation, instruction, render, run_episodes
 from config import BadInput, Config
 from memory import Entry
 from policy import LanguageModel, Sample, load_policy
-from tasks import corpus
 from tasks.demonstrators import TownDemonstrator
 from tasks.scoring import exact_match
 from tasks.town import town_task
 from training.distributed import IDLE
 from training.optim import Muon, make_optimizers, micro_batches, set_lr
-from training.tiny import train_tokenizer
+from training.tiny import corpus, train_tokenizer
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from agent import KINDS
 from chat import Chat
 from config import Config
-from tasks import corpus
 from training import tiny
+from training.tiny import corpus
 
 HOTPOT = str(DATA / "hotpotqa.json")
 QA = ["--preset", "qa", "--task", "hotpotqa", "--data", HOTPOT, "--documents", 12]

@@ -13,11 +13,12 @@ from pathlib import Path
 import pytest
 
 from config import BadInput, Config
-from tasks import corpus, held_out_tasks, load_tasks
+from tasks import held_out_tasks, load_tasks
 from tasks.__main__ import save_tasks
 from tasks.formats import read_rows
 from tasks.qa import QATasks, SavedTasks, split_chunks, split_numbers
-from tasks.town import NAMES, texts, town_task
+from tasks.town import NAMES, town_task
+from training.tiny import corpus, town_texts
 
 ROOT = Path(__file__).parent.parent
 DATA = Path(__file__).parent / "data"
@@ -125,7 +126,7 @@ def test_easy_stories_have_no_two_hop_questions():
 
 def test_town_vocabulary_is_complete():
     """Bug: the word-level tokenizer does not know a word, so that two values look alike."""
-    known = set(re.findall(r"\w+", " ".join(texts())))
+    known = set(re.findall(r"\w+", " ".join(town_texts())))
     for index in range(100):
         task = town_task(index, "test", Config())
         for text in (*task.chunks, *(one.text + one.answers[0] for one in task.questions)):

@@ -40,7 +40,7 @@ def answer_questions(questions, file, saved, policy: Policy, embed: Embedder, co
     chunks, lines = read_chunks(Path(file), config, policy.count) if file else ((), [])
     memory, origins, query = Memory(config.capacity), {}, ""
     if not file:
-        memory, origins, query = load_memory(saved, config)
+        memory, origins, query = load_memory(saved, config, embed)
     task = Task("ask", tuple(Question(text, ("",)) for text in questions), chunks, chunks)
     episode = Episode(task, memory, random.Random(config.seed), query=query)
     if query:
@@ -59,7 +59,8 @@ def answer_questions(questions, file, saved, policy: Policy, embed: Embedder, co
             if operation.kind in ("create", "update") and not operation.error:
                 origins[str(operation.id)] = place
         if saved and finished and episode.position == len(chunks):
-            content = {"memory": memory.state(), "query": episode.query}
+            content = {"entries": list(memory.texts.items()), "next_id": memory.next_id}
+            content |= {"scratchpad": memory.scratchpad, "query": episode.query}
             content |= {"embedder": config.embedder, "origins": origins}
             replace_file(Path(saved), json.dumps(content))
             tqdm.write(f"{len(memory)} entries saved as {saved}")
@@ -101,15 +102,20 @@ def read_chunks(path: Path, config: Config, count: Count) -> tuple[tuple[str, ..
     return chunks, lines
 
 
-def load_memory(path: str, config: Config) -> tuple[Memory, dict[str, str], str]:
+def load_memory(path: str, config: Config, embed: Embedder) -> tuple[Memory, dict[str, str], str]:
     """(memory, {id: where its text comes from}, standing query) of a saved file."""
     need(Path(path).is_file(), f"--memory {path}: no such file; with a --file to read, it is made")
+    memory = Memory()
     try:
         state = json.loads(Path(path).read_text(encoding="utf-8"))
-        memory, embedder = Memory.from_state(state["memory"]), state["embedder"]
-        origins, query = dict(state["origins"]), str(state["query"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        texts = [text for _, text in state["entries"]]
+        for (memory.next_id, text), vector in zip(state["entries"], embed(texts)):
+            memory.create(text, vector)
+        memory.next_id, memory.scratchpad = state["next_id"], state["scratchpad"]
+        origins, query, embedder = dict(state["origins"]), str(state["query"]), state["embedder"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise BadInput(f"--memory {path} is not a saved memory: {error!r}") from error
+    memory.capacity = config.capacity
     same = embedder == config.embedder
     need(same, f"--memory {path} was made with --embedder {embedder}, not {config.embedder}")
     return memory, origins, query

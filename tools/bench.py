@@ -26,11 +26,11 @@ from grpo import grpo_step
 from memory import HashedEmbedder
 from policy import LanguageModel, Sample
 from sft import sft_step
-from tasks import corpus, load_tasks
+from tasks import load_tasks
 from tasks.scoring import exact_match
 from tools.peers import Generate, trl_steps
 from training.optim import make_optimizers, set_lr
-from training.tiny import create_policy, train_tokenizer
+from training.tiny import corpus, create_policy, train_tokenizer
 
 # Two layers under the real vocabulary: a shape for a CPU, where the output head costs the most.
 SHAPE = dict(

@@ -1,8 +1,8 @@
 """A run on disk: its settings, metrics and checkpoints, and how it is stopped and resumed.
 
-A run can be killed at any moment and stays usable: a checkpoint is written aside, flushed to disk
-and then renamed. --resume drops the steps after the newest checkpoint and repeats them exactly.
-Everything random is seeded by the step, so no generator state has to be saved.
+A checkpoint is written aside, flushed and then renamed, so a run can be killed at any moment.
+--resume drops the steps after the newest checkpoint and repeats them exactly: everything random is
+seeded by the step, so no generator state has to be saved.
 """
 
 import errno
@@ -64,8 +64,7 @@ class Run:
         config.json, metrics.jsonl    the stage and all settings; one line of metrics per step
         step-000050/                  a checkpoint: weights and tokenizer for from_pretrained, and
                                       training.pt and progress.json for --resume
-        latest, best                  text files that name the newest checkpoint, and the one with
-                                      the highest held-out EM
+        latest, best                  name the newest checkpoint, and that of the best held-out EM
 
     The two newest checkpoints and the best one are kept, and with --kl the first one, which is the
     reference model. resume: the run folder to continue; None starts a new run. `step` is the number
@@ -124,8 +123,7 @@ class Run:
             states = torch.load(path, weights_only=True, mmap=is_sharded())
             if states["state"]:
                 state_dict.set_optimizer_state_dict(policy.model, optimizers, states, options=FULL)
-        if self.config.log_with:
-            self.start_tracker(self.config.log_with)
+        self.start_tracker(self.config.log_with)
         if not self.checkpoint:
             self.save()
         elif self.main:
@@ -138,12 +136,14 @@ class Run:
     def start_tracker(self, name: str):
         """Start the tracker of --log_with. A resumed run continues there, by its id or folder."""
         settings = {name: str(value) for name, value in self.config.saved().items()}  # no lists
+        options = {
+            name: {"id": self.tracker_id, "resume": "allow"} for name in ("wandb", "swanlab")
+        }
+        options["tensorboard"] = {"purge_step": self.step + 1}
         if name == "tensorboard" and self.checkpoint:
             settings = None  # it would show them as another run
-        by_id = {"id": self.tracker_id, "resume": "allow"}
-        options = {"wandb": by_id, "swanlab": by_id, "tensorboard": {"purge_step": self.step + 1}}
-        init = {name: options.get(name, {})}
-        self.accelerator.init_trackers("atommem", config=settings, init_kwargs=init)
+        if name:
+            self.accelerator.init_trackers("atommem", config=settings, init_kwargs=options)
 
     def write_settings(self):
         settings = {"stage": self.stage} | self.config.saved()
@@ -295,12 +295,12 @@ def make_accelerator(config: Config, folder: Path) -> Accelerator:
 
 
 def device_name(device: torch.device) -> str:
-    """The device and, for a CPU, what its rounding depends on."""
+    """The device and, for a CPU, the instructions that its rounding depends on."""
     if device.type == "cuda":
-        return f"{device}, {torch.cuda.get_device_name(device)}"
-    instructions = torch.backends.cpu.get_cpu_capability()
-    cpu = f"cpu, {instructions}, {torch.get_num_threads()} threads"
-    return cpu if device.type == "cpu" else str(device)
+        return torch.cuda.get_device_name(device)
+    return (
+        f"cpu, {torch.backends.cpu.get_cpu_capability()}" if device.type == "cpu" else str(device)
+    )
 
 
 def step_name(step: int) -> str:

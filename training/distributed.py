@@ -4,11 +4,10 @@
     accelerate launch --config_file fsdp.yaml --num_processes 8 grpo.py ...  sharded over 8 GPUs
     torchrun --nproc_per_node 2 grpo.py                                      DDP on a CPU
 
-Each process plays its share of a step's tasks; a group stays together. Then all processes do the
-same number of forward and backward passes: one with fewer micro-batches adds IDLE ones. DDP and
-FSDP2 average gradients. So each loss is multiplied by the number of processes and divided by the
-response tokens of all of them: the gradient is that of one process with all the samples. FSDP2
-would gather all weights for every sampled token, so each process samples from a full copy.
+A process plays whole groups. All processes do the same number of passes: one with fewer
+micro-batches adds IDLE ones. DDP and FSDP2 average gradients, so each loss is multiplied by the
+number of processes and divided by the response tokens of all: the gradient is that of one process.
+FSDP2 would gather all weights for every sampled token, so each process samples from a full copy.
 """
 
 import copy

@@ -1,7 +1,8 @@
 """The tiny model that learns the built-in task on a CPU: a new Qwen3 and its tokenizer."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import product
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -11,6 +12,8 @@ from agent import TAGS
 from chat import NO_INSTRUCTION
 from config import Config
 from policy import LanguageModel
+from tasks import town
+from tasks.formats import read_rows
 
 PAD, END, RESPONSE = "<pad>", "<end>", "<response>"
 # The tiny model learns its task from examples, so its template leaves out the instruction.
@@ -84,3 +87,24 @@ def train_tokenizer(texts: Iterable[str], config: Config) -> PreTrainedTokenizer
         chat_template=TINY_TEMPLATE,
         clean_up_tokenization_spaces=False,
     )
+
+
+def corpus(config: Config) -> Iterator[str]:
+    """Texts to train the tokenizer on: of at most about 2000 rows, spread over the data file."""
+    if config.task == "town":
+        yield from town_texts()
+        return
+    rows = read_rows(config.data, config.task)
+    for row in rows[:: max(1, len(rows) // 2000)]:
+        for question in row.questions:
+            yield from (question.text, *question.answers)
+        yield from row.documents
+
+
+def town_texts() -> list[str]:
+    """Texts with every word of the town's prompts: the word-level tokenizer's vocabulary."""
+    found = ["none", town.sentence("pet", town.NAMES[0], None) + "."]
+    found += ["Questions: Question: Scratchpad: Query: Text: #", *map(str, range(100))]
+    for kind, name in product(town.SENTENCES, town.NAMES):
+        found += [town.sentence(kind, name, value) for value in town.VALUES.get(kind, [""])]
+    return found + [question.format(name=town.NAMES[0]) for question in town.QUESTIONS.values()]
