@@ -144,6 +144,15 @@ def test_what_is_not_supported_is_refused(tmp_path, pooling, types, words):
         load_embedder(folder)
 
 
+def test_texts_as_chat_messages_are_refused(tmp_path):
+    """Bug: an encoder trained on texts within its chat template gets them without."""
+    folder = encoder(tmp_path)
+    settings = {"modality_config": {"text": {}, "message": {}}}
+    write_json(tmp_path / "sentence_bert_config.json", settings)
+    with pytest.raises(BadInput, match="sentence_bert_config.json asks for a chat template"):
+        load_embedder(folder)
+
+
 def test_a_missing_pooling_file_is_named(tmp_path):
     """Bug: after a copy without subfolders, BGE is pooled by the mean."""
     folder = encoder(tmp_path, pooling=flags("cls_token"))

@@ -31,10 +31,7 @@ def read_json(model: str, name: str) -> dict | list | None:
 
 
 def pooling_of(model: str) -> str | None:
-    """'cls', 'mean' or 'lasttoken', as modules.json says. None if it names no Pooling module.
-
-    Raises BadInput if the encoder needs another pooling mode or another kind of module.
-    """
+    """'cls', 'mean' or 'lasttoken'; None without a Pooling module. Raises BadInput if unsupported."""
     mode = None
     for module in read_json(model, "modules.json") or []:
         kind = module["type"].split(".")[-1]
@@ -72,6 +69,8 @@ class TransformerEmbedder:
         pooling = pooling_of(model)
         settings = read_json(model, "config_sentence_transformers.json")
         limits = read_json(model, "sentence_bert_config.json") or {}
+        chat = "message" in limits.get("modality_config", ())
+        need(not chat, "its sentence_bert_config.json asks for a chat template: not supported")
         self.tokenizer = AutoTokenizer.from_pretrained(model, padding_side="right")
         self.model = AutoModel.from_pretrained(model, dtype=torch.float32).to(device).eval()
         causal = any("CausalLM" in name for name in self.model.config.architectures or [])
