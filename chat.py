@@ -55,15 +55,9 @@ class Chat:
 
     def apply_template(self, chats: list[list[dict]], tokenize: bool = True, **settings) -> list:
         """The ids of each chat, or its text. Control tokens in the messages are encoded as text."""
-        return self.tokenizer.apply_chat_template(
-            chats,
-            chat_template=self.template,
-            tokenize=tokenize,
-            sanitize_control_tokens=tokenize,
-            return_dict=False,
-            enable_thinking=False,
-            **settings,
-        )
+        settings |= {"tokenize": tokenize, "sanitize_control_tokens": tokenize}
+        settings |= {"chat_template": self.template, "enable_thinking": False}
+        return self.tokenizer.apply_chat_template(chats, return_dict=False, **settings)
 
     def encode_prompts(self, texts: list[str]) -> list[list[int]]:
         """The ids of each text inside the template. Raises BadInput if the template refuses it."""

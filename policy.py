@@ -304,10 +304,8 @@ def fit(observation: Observation, num_tokens: Callable, limit: int) -> Observati
 
 
 def load_policy(name: str | Path, config: Config, dtype=torch.float32) -> LanguageModel:
-    """Load a policy by folder or hub name. Training needs fp32. Raises BadInput if it cannot.
-
-    Of a multimodal model the text part alone is trained.
-    """
+    """Load a policy by folder or hub name. Training needs fp32. The text part alone is trained.
+    Raises BadInput if it cannot be loaded, sampled or scored."""
     try:
         model = auto_class(AutoConfig.from_pretrained(name)).from_pretrained(name, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(name)
@@ -323,7 +321,8 @@ def load_policy(name: str | Path, config: Config, dtype=torch.float32) -> Langua
     with torch.no_grad():  # does `forward` score what `sample` will draw from?
         ids = torch.arange(min(8, policy.known_ids))[None]
         logits = policy.head(decoder(input_ids=ids, use_cache=False).last_hidden_state)
-        same = torch.allclose(logits, model(input_ids=ids).logits, rtol=1e-3, atol=1e-3)
+        expected = model(input_ids=ids).logits
+        same = torch.allclose(logits, expected, rtol=1e-3, atol=1e-3, equal_nan=True)
     need(same, f"{name} transforms its logits in a way that scoring does not support")
     return policy
 

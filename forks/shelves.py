@@ -17,7 +17,7 @@ from config import need
 
 
 def make_task(rng: random.Random, id: str) -> dict:
-    """One line of a saved set (tasks/formats.py): 40 parcels, each in its own document, 3 questions."""
+    """A row of a saved set (tasks/formats.py): 40 parcels, one document each, 3 questions."""
     parcels = rng.sample(range(100, 1000), 40)
     shelves = {parcel: rng.randint(1, 99) for parcel in parcels}
     told = {one: f"Parcel {one} was put on shelf {shelf}." for one, shelf in shelves.items()}

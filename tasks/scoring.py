@@ -27,11 +27,9 @@ def exact_match(prediction: str, question: Question) -> float:
 
 
 def f1(prediction: str, question: Question, yes_no: bool = True) -> float:
-    """Token F1, the best over the answer and its aliases.
-
-    yes_no=True is the rule of HotpotQA and 2Wiki: yes, no and noanswer score only if they are
-    equal. False is the rule of MuSiQue: an empty side scores 1 if both are empty, else 0.
-    """
+    """Token F1, the best over the answer and its aliases. yes_no=True is the rule of HotpotQA and
+    2Wiki: yes, no and noanswer score only if they are equal. False is the rule of MuSiQue: an empty
+    side scores 1 if both are empty, else 0."""
     prediction = normalize(prediction)
     return max(pair_f1(prediction, normalize(answer), yes_no) for answer in question.answers)
 

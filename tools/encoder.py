@@ -31,7 +31,7 @@ def read_json(model: str, name: str) -> dict | list | None:
 
 
 def pooling_of(model: str) -> str | None:
-    """'cls', 'mean' or 'lasttoken'; None without a Pooling module. Raises BadInput if unsupported."""
+    """'cls', 'mean' or 'lasttoken'; None without a Pooling module. BadInput for other modules."""
     mode = None
     for module in read_json(model, "modules.json") or []:
         kind = module["type"].split(".")[-1]

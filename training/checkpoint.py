@@ -66,9 +66,8 @@ class Run:
                                       training.pt and progress.json for --resume
         latest, best                  name the newest checkpoint, and that of the best held-out EM
 
-    The two newest checkpoints and the best one are kept, and with --kl the first one, which is the
-    reference model. resume: the run folder to continue; None starts a new run. `step` is the number
-    of finished steps. Raises BadInput if the folder is taken or cannot be used.
+    The two newest checkpoints and the best one are kept, and with --kl the first, the reference
+    model. resume: the run folder to continue. Raises BadInput if the folder cannot be used.
     """
 
     def __init__(self, config: Config, stage: str, resume: str | Path | None = None):
