@@ -34,12 +34,14 @@ class Chat:
             try:
                 chat = [*self.messages("x"), {"role": "assistant", "content": ANSWER}]
                 [text] = self.apply_template([chat], tokenize=False)
-            except TemplateError as error:
+            except (TemplateError, TypeError, ValueError) as error:
                 reason = f": {error}"
             if instruction in text or NO_INSTRUCTION in self.template:
                 break
         else:
-            raise BadInput(f"{self.name}: its chat template refuses the instruction{reason}")
+            raise BadInput(
+                f"{self.name}: its chat template refuses the instruction, or drops it{reason}"
+            )
         end = text.rpartition(ANSWER)[2].strip() if ANSWER in text else ""
         ids = tokenizer(end, add_special_tokens=False)["input_ids"]
         special = ids and ids[0] in tokenizer.added_tokens_decoder

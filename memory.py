@@ -143,5 +143,5 @@ def load_embedder(name: str, device="cpu") -> Embedder:
 
     try:
         return TransformerEmbedder(name, device)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError, KeyError) as error:
         raise BadInput(f"--embedder {name} cannot be loaded: {error}") from error

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch.utils.checkpoint import checkpoint
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -307,12 +308,15 @@ def load_policy(name: str | Path, config: Config, dtype=torch.float32) -> Langua
     """Load a policy by folder or hub name. Training needs fp32. The text part alone is trained.
     Raises BadInput if it cannot be loaded, sampled or scored."""
     try:
-        model = auto_class(AutoConfig.from_pretrained(name)).from_pretrained(name, dtype=dtype)
+        auto = auto_class(AutoConfig.from_pretrained(name))
+        model, info = auto.from_pretrained(name, dtype=dtype, output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, KeyError, SafetensorError) as error:
         missing = "" if Path(name).exists() else "there is no such folder, and "
         reason = " ".join(str(error).split())
         raise BadInput(f"{name}: {missing}transformers cannot load it: {reason}") from error
+    missing = ", ".join(sorted(info["missing_keys"])[:3])
+    need(not missing, f"{name} lacks weights, such as {missing}")
     policy = LanguageModel(model, tokenizer, config)
     decoder, head = model.get_decoder(), model.get_output_embeddings()
     model.requires_grad_(False)

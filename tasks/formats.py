@@ -114,7 +114,7 @@ class Report:
             reason = str(error)
         except (AttributeError, IndexError, KeyError, SyntaxError, TypeError, ValueError) as error:
             fields = f", and its fields are {', '.join(row)}" if isinstance(row, dict) else ""
-            reason = f"it is not in this format: {error!r}{fields}"
+            reason = f"it is not in this format: {error!r:.200}{fields}"
         self.bad += 1
         self.first = self.first or f"{where}: {reason}"
         return None
@@ -175,7 +175,7 @@ def read_aliases(data: str) -> dict[str, list[str]]:
     try:
         for _, row in raw_rows(path) if os.path.isfile(path) else ():
             aliases[row["Q_id"]] = row["aliases"] + row["demonyms"]
-    except (OSError, KeyError, TypeError, ValueError) as error:
+    except (EOFError, OSError, KeyError, TypeError, ValueError, zlib.error) as error:
         raise BadInput(f"{path} is not 2Wiki's file of aliases: {error!r}") from error
     return aliases
 
@@ -231,7 +231,7 @@ def hotpot_example(row: dict, aliases: dict | None = None) -> Example:
         sentences = [sentence.strip() for sentence in sentences]
         text = " ".join(sentence for sentence in sentences if sentence)
         (gold if title in wanted else rest).append(f"{title}\n{text}")
-        numbers = [number for number in wanted.get(title, ()) if number < len(sentences)]
+        numbers = [number for number in wanted.get(title, ()) if 0 <= number < len(sentences)]
         support += [(title, sentences[number]) for number in numbers if sentences[number]]
     answers = [row["answer"], *(aliases or {}).get(row.get("answer_id"), ())]
     return make_example(make_question(row["question"], answers, support), gold, rest)

@@ -151,7 +151,7 @@ def test_a_template_may_want_no_instruction():
     "template, complaint",
     [
         (None, "has no chat template: use an instruction-tuned model"),
-        ("{{ raise_exception('not today') }}", "refuses the instruction: not today"),
+        ("{{ raise_exception('not today') }}", "refuses the instruction, or drops it: not today"),
         ("{{ messages[-1].content[:9] }}", "refuses the instruction"),
     ],
 )

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import tiny_policy
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
@@ -741,3 +742,17 @@ def test_micro_batches_keep_to_the_budget():
         assert longest * len(unique) <= 128
     assert len(batches[0]) >= 100  # equal samples cost no more than one
     assert len(batches) < 150  # and each batch is filled
+
+
+def test_a_damaged_checkpoint_is_one_sentence(tiny, tmp_path):
+    """Bug: a missing weight is silently random, and a broken file ends in a traceback."""
+    tiny.save(tmp_path)
+    path = tmp_path / "model.safetensors"
+    weights = load_file(path)
+    lost = next(name for name in weights if "down_proj" in name)
+    save_file({name: weight for name, weight in weights.items() if name != lost}, path)
+    with pytest.raises(BadInput, match=f"lacks weights, such as {lost}"):
+        load_policy(tmp_path, Config())
+    path.write_text("version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(BadInput, match="transformers cannot load it"):
+        load_policy(tmp_path, Config())

@@ -109,15 +109,18 @@ def load_memory(path: str, config: Config, embed: Embedder) -> tuple[Memory, dic
     try:
         state = json.loads(Path(path).read_text(encoding="utf-8"))
         texts = [text for _, text in state["entries"]]
-        for (memory.next_id, text), vector in zip(state["entries"], embed(texts)):
+        same, made_with = state["embedder"] == config.embedder, state["embedder"]
+        need(same, f"--memory {path} was made with --embedder {made_with}, not {config.embedder}")
+        for (id, text), vector in zip(state["entries"], embed(texts)):
+            memory.next_id = int(id)
             memory.create(text, vector)
-        memory.next_id, memory.scratchpad = state["next_id"], state["scratchpad"]
-        origins, query, embedder = dict(state["origins"]), str(state["query"]), state["embedder"]
+        memory.next_id, memory.scratchpad = int(state["next_id"]), str(state["scratchpad"])
+        origins, query = dict(state["origins"]), str(state["query"])
+    except BadInput:
+        raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise BadInput(f"--memory {path} is not a saved memory: {error!r}") from error
     memory.capacity = config.capacity
-    same = embedder == config.embedder
-    need(same, f"--memory {path} was made with --embedder {embedder}, not {config.embedder}")
     return memory, origins, query
 
 

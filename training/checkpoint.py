@@ -100,7 +100,7 @@ class Run:
         """Go back to the newest checkpoint: drop the metrics of later steps."""
         progress = json.loads((self.checkpoint / "progress.json").read_text())
         self.step, self.best = progress["step"], progress["best"]
-        self.tracker_id = progress["tracker_id"]
+        self.tracker_id = progress.get("tracker_id", self.tracker_id)
         path = self.folder / "metrics.jsonl"
         lines = path.read_text().splitlines(keepends=True)[: self.step]
         need(len(lines) == self.step, f"{path} was changed: it ends before step {self.step}")
