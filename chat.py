@@ -71,10 +71,8 @@ class Chat:
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         """The ids of each text. A control token that a text names is encoded as plain text."""
-        if not texts:
-            return []
-        tokens = self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True)
-        return tokens["input_ids"]
+        settings = {"add_special_tokens": False, "split_special_tokens": True}
+        return self.tokenizer(texts, **settings)["input_ids"] if texts else []
 
     def encode_responses(self, texts: list[str]) -> list[list[int]]:
         """The ids of each response, followed by the end token."""

@@ -315,8 +315,7 @@ def load_policy(name: str | Path, config: Config, dtype=torch.float32) -> Langua
         missing = "" if Path(name).exists() else "there is no such folder, and "
         reason = " ".join(str(error).split())
         raise BadInput(f"{name}: {missing}transformers cannot load it: {reason}") from error
-    missing = ", ".join(sorted(info["missing_keys"])[:3])
-    need(not missing, f"{name} lacks weights, such as {missing}")
+    need(not info["missing_keys"], f"{name} lacks weights: {sorted(info['missing_keys'])[:3]}")
     policy = LanguageModel(model, tokenizer, config)
     decoder, head = model.get_decoder(), model.get_output_embeddings()
     model.requires_grad_(False)

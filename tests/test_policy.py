@@ -751,7 +751,7 @@ def test_a_damaged_checkpoint_is_one_sentence(tiny, tmp_path):
     weights = load_file(path)
     lost = next(name for name in weights if "down_proj" in name)
     save_file({name: weight for name, weight in weights.items() if name != lost}, path)
-    with pytest.raises(BadInput, match=f"lacks weights, such as {lost}"):
+    with pytest.raises(BadInput, match=f"lacks weights: .*{lost}"):
         load_policy(tmp_path, Config())
     path.write_text("version https://git-lfs.github.com/spec/v1")
     with pytest.raises(BadInput, match="transformers cannot load it"):

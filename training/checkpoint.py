@@ -297,9 +297,7 @@ def device_name(device: torch.device) -> str:
     """The device and, for a CPU, the instructions that its rounding depends on."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return (
-        f"cpu, {torch.backends.cpu.get_cpu_capability()}" if device.type == "cpu" else str(device)
-    )
+    return str(device) + f", {torch.backends.cpu.get_cpu_capability()}" * (device.type == "cpu")
 
 
 def step_name(step: int) -> str:
