@@ -174,8 +174,8 @@ BOXED = re.compile(r"\\boxed(?:\{((?:[^{}]|\{[^{}]*\})*)\}| ([^$]*))")
 def parse(text: str, config: Config) -> list[Operation]:
     """The operations that a response asks for, in order. Invalid ones carry an `error`.
 
-    Thoughts and text outside tags are ignored. A tag that never closes ends where the next one
-    opens. Tags do not nest: an operation ends at its own closing tag or at another opening tag.
+    Thoughts and text outside tags are ignored. Tags do not nest: an operation ends at its own
+    closing tag. If another tag opens before that, the first one is invalid.
     """
     text = without_thoughts(text)
     kinds = {tag: kind for kind, tag in TAGS[config.dialect].items()}

@@ -46,29 +46,27 @@ def raw_rows(path: str) -> Rows:
     """The rows of a file, or of a data set of the hub, one by one."""
     if not os.path.isfile(path):
         need(HUB.fullmatch(path) and not os.path.exists(path), f"{path}: no such file")
-        return dataset_rows(path)
+        name, config, split = (path.split(":") + ["", ""])[:3]
+        what = f"{path}: no such file; as a data set of the hub,"
+        return dataset_rows(what, name, config or None, split=split or "train")
     with open(path, "rb") as file:
         start = file.read(4)
-    return dataset_rows(path) if start == b"PAR1" else json_rows(path, start[:2] == b"\x1f\x8b")
+    if start == b"PAR1":
+        return dataset_rows(f"{path}:", "parquet", data_files=path, split="train")
+    return json_rows(path, start[:2] == b"\x1f\x8b")
 
 
-def dataset_rows(path: str) -> Rows:
-    """raw_rows of a Parquet file, or of a data set of the hub."""
-    stored = os.path.isfile(path)
-    start = f"{path}: " if stored else f"{path}: no such file; as a data set of the hub, "
+def dataset_rows(what: str, *names: str | None, **settings) -> Rows:
+    """The rows that load_dataset(*names, **settings) gives. what: for error messages."""
     try:
         from datasets import load_dataset
 
-        name, config, split = (path.split(":") + ["", ""])[:3]
-        if stored:
-            rows = load_dataset("parquet", data_files=path, split="train")
-        else:
-            rows = load_dataset(name, config or None, split=split or "train")
+        rows = load_dataset(*names, **settings)
     except ImportError as error:
-        raise BadInput(f"{start}it needs a package: pip install datasets") from error
+        raise BadInput(f"{what} it needs a package: pip install datasets") from error
     except Exception as error:  # load_dataset raises errors of many kinds
         reason = " ".join(str(error).split())[:300]
-        raise BadInput(f"{start}it cannot be loaded: {reason}") from error
+        raise BadInput(f"{what} it cannot be loaded: {reason}") from error
     return ((f"row {number}", row) for number, row in enumerate(rows, 1))
 
 
@@ -313,7 +311,7 @@ def locomo_row(row: dict) -> dict:
 
 
 def longmemeval_row(row: dict) -> dict | None:
-    """A question of LongMemEval. The sessions before it are in the order of their dates."""
+    """A question of LongMemEval. Its sessions are sorted by date."""
     if row["question_id"].endswith("_abs"):
         return None
     dated = zip(parsed(row["haystack_dates"]), row["haystack_sessions"], strict=True)

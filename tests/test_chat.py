@@ -132,7 +132,7 @@ def test_decoding_gives_the_sampled_text(chat):
     assert chat.decode(ids) == text
 
 
-def test_the_date_in_a_prompt_is_fixed(monkeypatch):
+def test_the_date_in_a_prompt_is_fixed():
     """Bug: a run that is resumed on another day continues with other prompts."""
     tokenizer = make_tokenizer(DATED)
     [ids] = Chat(tokenizer, INSTRUCTION).encode_prompts(TEXTS[:1])

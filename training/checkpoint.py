@@ -122,7 +122,8 @@ class Run:
             states = torch.load(path, weights_only=True, mmap=is_sharded())
             if states["state"]:
                 state_dict.set_optimizer_state_dict(policy.model, optimizers, states, options=FULL)
-        self.start_tracker(self.config.log_with)
+        if self.config.log_with:
+            self.start_tracker(self.config.log_with)
         if not self.checkpoint:
             self.save()
         elif self.main:
@@ -134,15 +135,12 @@ class Run:
 
     def start_tracker(self, name: str):
         """Start the tracker of --log_with. A resumed run continues there, by its id or folder."""
-        settings = {name: str(value) for name, value in self.config.saved().items()}  # no lists
-        options = {
-            name: {"id": self.tracker_id, "resume": "allow"} for name in ("wandb", "swanlab")
-        }
-        options["tensorboard"] = {"purge_step": self.step + 1}
+        settings = {key: str(value) for key, value in self.config.saved().items()}  # no lists
         if name == "tensorboard" and self.checkpoint:
             settings = None  # it would show them as another run
-        if name:
-            self.accelerator.init_trackers("atommem", config=settings, init_kwargs=options)
+        by_id = {"id": self.tracker_id, "resume": "allow"}
+        options = {"wandb": by_id, "swanlab": by_id, "tensorboard": {"purge_step": self.step + 1}}
+        self.accelerator.init_trackers("atommem", config=settings, init_kwargs=options)
 
     def write_settings(self):
         settings = {"stage": self.stage} | self.config.saved()
