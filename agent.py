@@ -121,17 +121,19 @@ class Policy(Protocol):
 
 # --- prompts --------------------------------------------------------------------------------------
 USAGE = {
-    "create": "<{tag}>a fact</{tag}> stores it as a new entry.",
-    "read": "<{tag}>a query</{tag}> shows the best matching entries from the next turn on.",
-    "update": "<{tag}>{number}: new text</{tag}> replaces entry #2, when the text has newer facts.",
-    "delete": "<{tag}>{number}</{tag}> removes entry #2.",
-    "scratchpad": "<{tag}>a note</{tag}> rewrites your scratchpad, which is always shown.",
-    "answer": "<{tag}>{answer}</{tag}> answers the Question in a few words.",
+    "create": "<{tag}>fact</{tag}> adds an entry",
+    "read": "<{tag}>query</{tag}> shows entries like it next turn",
+    "update": "<{tag}>{number}: text</{tag}> replaces entry #2",
+    "delete": "<{tag}>{number}</{tag}> removes it",
+    "scratchpad": "<{tag}>note</{tag}> rewrites your notes, always shown",
+    "answer": "<{tag}>{answer}</{tag}> answers the Question briefly",
 }
 
 
 def instruction(config: Config) -> str:
     """The system message for pretrained models. Operations that are disabled are not mentioned."""
+    if config.instruction:
+        return config.instruction
     number, answer = FORMS[config.dialect]
     tags = TAGS[config.dialect].items()
     shown = [(kind, tag) for kind, tag in tags if kind == "answer" or config.enabled(kind)]
@@ -139,8 +141,8 @@ def instruction(config: Config) -> str:
     if len(usage) == 1:
         return f"You are asked a question, with or without a text. Write only this:\n{usage[0]}"
     return (
-        "You read a long text piece by piece, then answer questions without it. Keep in memory "
-        "what the answers need. Write only these, or nothing:\n" + "\n".join(usage)
+        "You read a text in parts, then answer questions from memory. Store what they need. "
+        "Write any of these:\n" + "\n".join(usage)
     )
 
 

@@ -56,6 +56,7 @@ class Config:
     # --- the agent ----------------------------------------------------------------------------
     disable: list[str] = setting([], "operations to switch off: create read update ...")
     dialect: str = setting("paper", "tag names: 'paper', or 'released' (the released checkpoint)")
+    instruction: str = setting("", "FILE with your own system message; a run stores its text")
     max_reads: int = setting(3, "how often in a row a Read may show a chunk or question again")
     max_prompt_tokens: int = setting(256, "longest prompt; drops entries to fit (paper: 16384)")
     max_response_tokens: int = setting(20, "longest response of one turn (paper: 4096)")
@@ -184,6 +185,12 @@ PRESETS = {
         sft_lr=1e-5, grpo_steps=100, grpo_lr=1e-6, grpo_decay=0.0, warmup_steps=20, sample_rows=8,
         eval_tasks=50, eval_temperature=0.7, micro_batch_tokens=16384,
     ),
+    "smollm2": dict(
+        model="HuggingFaceTB/SmolLM2-135M-Instruct", max_prompt_tokens=1024,
+        max_response_tokens=128, optimizer="adamw", sft_steps=200, sft_batch=32, sft_lr=2e-4,
+        easy_share=0.0, grpo_steps=40, grpo_lr=2e-5, grpo_decay=0.0, sample_rows=64,
+        micro_batch_tokens=4096, eval_tasks=100,
+    ),
     "paper": dict(
         task="hotpotqa", model="Qwen/Qwen3-8B", embedder="Qwen/Qwen3-Embedding-0.6B", questions=0,
         chunk_tokens=4096, top_k=6, max_prompt_tokens=16384, max_response_tokens=4096,
@@ -214,7 +221,7 @@ def parse_args(
         if resume:
             one.add_argument("--resume", help="continue this run from its newest checkpoint")
     first.add_argument("--runs", nargs="*", default=[])  # evaluate.py's: several runs to start from
-    for name in ("--name", "--task", "--model"):
+    for name in ("--name", "--task", "--model", "--instruction"):
         first.add_argument(name, default="")
     for name, keywords in extra:
         parser.add_argument(name, **keywords)
@@ -235,6 +242,8 @@ def parse_args(
         values = vars(parser.parse_args())
         values["start"] = start
         names = [one.name for one in dataclasses.fields(Config)]
+        if early.instruction:
+            values["instruction"] = read_instruction(early.instruction)
         config = Config(**{name: values.pop(name) for name in names})
         if resume and early.resume:
             check_resume(early, config, saved)
@@ -243,6 +252,16 @@ def parse_args(
     except BadInput as error:
         parser.error(str(error))
     return config, Namespace(**values)
+
+
+def read_instruction(path: str) -> str:
+    """The text of a file. Raises BadInput if it is not UTF-8 text, or empty."""
+    try:
+        text = Path(path).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"--instruction {path}: it cannot be read as UTF-8 text: {error}") from error
+    need(text, f"--instruction {path} is empty")
+    return text
 
 
 def check_resume(args: Namespace, config: Config, saved: dict):

@@ -4,6 +4,7 @@ Letters: B rows, U unique rows, P longest prompt, T longest prompt + response, N
 all rows, n of the unique rows, D width, V vocabulary.
 """
 
+import os
 import random
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field, replace
@@ -28,6 +29,7 @@ from chat import Chat
 from config import BadInput, Config, need
 
 LOGIT_SLICE = 2**24  # most logits in memory at once while tokens are scored
+SHORT_PREFIX = 16  # fewer common tokens than this are not worth a pass of their own
 logging.disable_progress_bar()  # transformers would show one for every checkpoint
 
 
@@ -128,11 +130,13 @@ class LanguageModel(torch.nn.Module):
         Equal prompts are read once and then fanned out. A row that has ended leaves the batch.
         """
         unique, which = unique_rows(map(tuple, prompts))
-        longest = max(map(len, unique))  # P
-        ids = torch.tensor([[0] * (longest - len(row)) + list(row) for row in unique])  # (U, P)
-        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in unique])
-        ids, mask, which = (part.to(self.model.device) for part in (ids, mask, torch.tensor(which)))
-        cache = DynamicCache(config=self.model.config)
+        cache, shared = self.read_prefix(unique, max_tokens=min(map(len, unique)) - 1)
+        rest = [row[shared:] for row in unique]
+        longest = max(map(len, rest))
+        ids = torch.tensor([[0] * (longest - len(row)) + list(row) for row in rest])
+        mask = [[1] * shared + [0] * (longest - len(row)) + [1] * len(row) for row in rest]
+        parts = (ids, torch.tensor(mask), torch.tensor(which))
+        ids, mask, which = (part.to(self.model.device) for part in parts)
         logits = self.next_logits(ids, mask, cache)[which]  # (B, V)
         cache.batch_select_indices(which)
         mask = mask[which]  # (B, P)
@@ -193,22 +197,49 @@ class LanguageModel(torch.nn.Module):
         logits = logits[..., : self.known_ids]
         return logits.to(torch.promote_types(logits.dtype, torch.float32)) / (self.temperature or 1)
 
+    def read_prefix(self, rows: list, max_tokens: int) -> tuple[DynamicCache, int]:
+        """Run the tokens that all rows begin with once: the template and the instruction.
+
+        Returns (their keys and values, copied to each row; their number, at most `max_tokens`). The
+        number is 0 if it is not worth it, or if layers are recomputed: that needs no cache. Sliding
+        windows count positions in the cache, so padding after the prefix would move them.
+        """
+        cache = DynamicCache(config=self.model.config)
+        prefix = os.path.commonprefix(rows)[:max_tokens]
+        if (
+            len(rows) == 1
+            or len(prefix) < SHORT_PREFIX
+            or self.config.recompute
+            or any(cache.is_sliding)
+        ):
+            return cache, 0
+        ids = torch.tensor([prefix], device=self.model.device)
+        with self.autocast():
+            self.model.get_decoder()(input_ids=ids, cache=cache, use_cache=True)
+        cache.batch_repeat_interleave(len(rows))  # the rows' gradients add up in the one prefix
+        return cache, len(prefix)
+
     # --- scoring ---
 
     def forward(self, samples: list[Sample]) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probs (N,) of the response tokens, and entropies (N,) of the distributions at their
         positions, both in the order of `samples`. Equal rows go through the model once."""
         unique, which = unique_rows(sample.key for sample in samples)
-        longest = max(len(prompt) + len(response) for prompt, response in unique)  # T
         rows = [[*prompt, *response] for prompt, response in unique]
-        ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows]).to(self.model.device)
-        # Attention is causal: tokens never see the padding on their right, so no mask is needed.
+        shortest = min(len(prompt) for prompt, _ in unique)
         self.set_recompute()
+        cache, shared = self.read_prefix(rows, max_tokens=shortest - 1)
+        longest = max(map(len, rows)) - shared  # T
+        ids = torch.tensor([row[shared:] + [0] * (longest + shared - len(row)) for row in rows])
+        ids = ids.to(self.model.device)
+        # Attention is causal: tokens never see the padding on their right, so no mask is needed.
+        past = {"cache": cache} if shared else {}
         with self.autocast():
             decoder = self.model.get_decoder()
-            hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state  # (U, T, D)
+            hidden = decoder(input_ids=ids, use_cache=shared > 0, **past).last_hidden_state
         # The token at position t is predicted at t - 1. Only lengths matter, not token values.
-        spans = [slice(len(p) - 1, len(p) + len(r) - 1) for p, r in unique]
+        starts = [len(prompt) - shared - 1 for prompt, _ in unique]
+        spans = [slice(start, start + len(one)) for start, (_, one) in zip(starts, unique)]
         hidden = torch.cat([row[span] for row, span in zip(hidden, spans)])  # (n, D)
         targets = torch.cat([row[1:][span] for row, span in zip(ids, spans)])  # (n,)
         sizes = [len(response) for _, response in unique]
