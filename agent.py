@@ -135,9 +135,11 @@ def instruction(config: Config) -> str:
     if config.instruction:
         return config.instruction
     number, answer = FORMS[config.dialect]
-    tags = TAGS[config.dialect].items()
-    shown = [(kind, tag) for kind, tag in tags if kind == "answer" or config.enabled(kind)]
-    usage = [USAGE[kind].format(tag=tag, number=number, answer=answer) for kind, tag in shown]
+    usage = [
+        USAGE[kind].format(tag=tag, number=number, answer=answer)
+        for kind, tag in TAGS[config.dialect].items()
+        if kind == "answer" or config.enabled(kind)
+    ]
     if len(usage) == 1:
         return f"You are asked a question, with or without a text. Write only this:\n{usage[0]}"
     return (
@@ -219,6 +221,7 @@ def build(kind: str, content: str, config: Config) -> Operation:
             operation.error = "no entry number" if kind == "delete" else "no entry number and text"
     elif kind == "answer" and config.dialect == "released":
         operation.text = unbox(content)
+        operation.error = "" if operation.text else r"no \boxed{text}"
     if kind in ("create", "read", "answer") and not operation.text and not operation.error:
         operation.error = "empty text"
     return operation

@@ -1,13 +1,49 @@
-"""The chat template and the tokenizer: from texts to token ids and back."""
+"""Prompts: the chat template and the tokenizer, from texts to token ids and back."""
+
+from collections.abc import Callable
+from dataclasses import replace
 
 from jinja2 import TemplateError
 
+from agent import Observation
 from config import BadInput, need
 
 ANSWER = "@answer@"  # stands for a response while the template is examined
 # Put before a template that would print today's date: a resumed run has to see the same prompts.
 FIXED_DATE = "{% macro strftime_now(format) %}01 Jan 2025{% endmacro %}"
 NO_INSTRUCTION = "{# no instruction #}"  # in a template that leaves out the system message
+
+
+def conversation(instruction: str, text: str, system_role: bool = True) -> list[dict[str, str]]:
+    """The messages of a prompt. Without a system role, the instruction precedes the text."""
+    if not system_role:
+        return [{"role": "user", "content": f"{instruction}\n\n{text}"}]
+    return [{"role": "system", "content": instruction}, {"role": "user", "content": text}]
+
+
+def fit(observation: Observation, num_tokens: Callable, limit: int) -> Observation:
+    """A copy of the observation, shortened until num_tokens(copy) is at most `limit`.
+
+    First it cuts the end of the text beside a question. Then it drops entries, the least similar
+    first. Then it cuts scratchpad and query. Raises BadInput if the task alone is too long.
+    """
+    while (tokens := num_tokens(observation)) > limit:
+        if observation.question and observation.chunk:
+            kept = len(observation.chunk) * limit // tokens * 99 // 100
+            observation = replace(observation, chunk=observation.chunk[:kept])
+        elif observation.entries:
+            observation = replace(observation, entries=observation.entries[:-1])
+        elif observation.scratchpad or observation.query:
+            name = max(("scratchpad", "query"), key=lambda name: len(getattr(observation, name)))
+            text = getattr(observation, name)
+            observation = replace(observation, **{name: text[: len(text) // 2]})
+        else:
+            raise BadInput(
+                f"the text and questions alone make a prompt of {tokens} tokens, longer than "
+                f"--max_prompt_tokens {limit}: raise it (for QA files: --preset qa), or lower "
+                "--chunk_tokens or --questions"
+            )
+    return observation
 
 
 class Chat:
@@ -31,8 +67,9 @@ class Chat:
             self.template = FIXED_DATE + self.template
         text = reason = ""
         for self.system_role in (True, False):  # Gemma 2 and Mistral 7B refuse a system message
+            prompt = conversation(instruction, "x", self.system_role)
             try:
-                chat = [*self.messages("x"), {"role": "assistant", "content": ANSWER}]
+                chat = [*prompt, {"role": "assistant", "content": ANSWER}]
                 [text] = self.apply_template([chat], tokenize=False)
             except (TemplateError, TypeError, ValueError) as error:
                 reason = f": {error}"
@@ -48,13 +85,6 @@ class Chat:
         self.end_id = ids[0] if special else tokenizer.eos_token_id
         need(self.end_id is not None, f"{self.name} has no end token: no response could end")
 
-    def messages(self, text: str) -> list[dict[str, str]]:
-        """The messages of a prompt. Without a system role, the instruction precedes the text."""
-        if not self.system_role:
-            return [{"role": "user", "content": f"{self.instruction}\n\n{text}"}]
-        system = {"role": "system", "content": self.instruction}
-        return [system, {"role": "user", "content": text}]
-
     def apply_template(self, chats: list[list[dict]], tokenize: bool = True, **settings) -> list:
         """The ids of each chat, or its text. Control tokens in the messages are encoded as text."""
         settings |= {"tokenize": tokenize, "sanitize_control_tokens": tokenize}
@@ -63,7 +93,7 @@ class Chat:
 
     def encode_prompts(self, texts: list[str]) -> list[list[int]]:
         """The ids of each text inside the template. Raises BadInput if the template refuses it."""
-        chats = [self.messages(text) for text in texts]
+        chats = [conversation(self.instruction, text, self.system_role) for text in texts]
         try:  # a tokenizer refuses an empty list
             return self.apply_template(chats, add_generation_prompt=True) if chats else []
         except (TemplateError, ValueError) as error:

@@ -15,6 +15,7 @@ from argparse import ArgumentParser, Namespace
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from safetensors import SafetensorError
 from transformers import HfArgumentParser
 
 # A task is built from several rows of a file, or it is one row.
@@ -25,6 +26,10 @@ TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio", "swanlab", "comet_ml", 
 OPERATIONS = ("create", "read", "update", "delete", "scratchpad")
 # Settings that may change when a run is resumed: its length, its logging and its device.
 MAY_CHANGE = ("sft_steps", "grpo_steps", "save_every", "log_with", "cpu")
+
+
+# What transformers raises if a model's folder, or its repository, cannot be loaded.
+LOAD_ERRORS = (OSError, ValueError, ImportError, KeyError, SafetensorError)
 
 
 class BadInput(SystemExit, ValueError):
@@ -170,8 +175,9 @@ def need(condition: object, message: str):
         raise BadInput(message)
 
 
-# Changes to the defaults. 'qa': a tiny model on a QA file. 'pretrained': any chat model.
-# 'paper': the paper's settings, or its released code's where the paper is silent.
+# Changes to the defaults. 'qa': a tiny model on a QA file. 'smollm2': a chat model of 135M, on the
+# town or a QA file. 'qwen3': larger chat models (untried). 'paper': the paper's settings, or its
+# released code's where the paper is silent (untried).
 PRESETS = {
     "town": {},
     "qa": dict(
@@ -179,11 +185,12 @@ PRESETS = {
         sft_tasks=100, sft_steps=400, sft_batch=32, grpo_steps=20, tasks_per_step=2, group_size=4,
         grpo_lr=3e-4, sample_rows=64, eval_tasks=50, micro_batch_tokens=4096,
     ),
-    "pretrained": dict(
-        questions=0, documents=50, chunk_tokens=2048, top_k=6, max_prompt_tokens=8192,
-        max_response_tokens=1024, optimizer="adamw", sft_tasks=400, sft_steps=100, sft_batch=16,
-        sft_lr=1e-5, grpo_steps=100, grpo_lr=1e-6, grpo_decay=0.0, warmup_steps=20, sample_rows=8,
-        eval_tasks=50, eval_temperature=0.7, micro_batch_tokens=16384,
+    "qwen3": dict(
+        model="Qwen/Qwen3-0.6B", questions=0, documents=50, chunk_tokens=2048, top_k=6,
+        max_prompt_tokens=8192, max_response_tokens=1024, optimizer="adamw", sft_tasks=400,
+        sft_steps=100, sft_batch=16, sft_lr=1e-5, grpo_steps=100, grpo_lr=1e-6, grpo_decay=0.0,
+        warmup_steps=20, sample_rows=8, eval_tasks=50, eval_temperature=0.7,
+        micro_batch_tokens=16384,
     ),
     "smollm2": dict(
         model="HuggingFaceTB/SmolLM2-135M-Instruct", max_prompt_tokens=1024,
@@ -247,7 +254,6 @@ def parse_args(
         config = Config(**{name: values.pop(name) for name in names})
         if resume and early.resume:
             check_resume(early, config, saved)
-        need(early.preset != "pretrained" or config.model or start, "this preset needs a --model")
         need(early.preset != "qa" or config.data, "--preset qa needs --task and --data: a QA file")
     except BadInput as error:
         parser.error(str(error))

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from config import BadInput
+from config import LOAD_ERRORS, BadInput
 
 Embedder = Callable[..., np.ndarray]  # embed(texts, query=False) -> (B, d) float32, unit length
 
@@ -143,5 +143,5 @@ def load_embedder(name: str, device="cpu") -> Embedder:
 
     try:
         return TransformerEmbedder(name, device)
-    except (OSError, ValueError, ImportError, KeyError) as error:
+    except LOAD_ERRORS as error:
         raise BadInput(f"--embedder {name} cannot be loaded: {error}") from error

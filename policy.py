@@ -6,12 +6,11 @@ all rows, n of the unique rows, D width, V vocabulary.
 
 import os
 import random
-from collections.abc import Callable, Hashable, Iterable
-from dataclasses import dataclass, field, replace
+from collections.abc import Hashable, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch.utils.checkpoint import checkpoint
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -25,8 +24,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 
 from agent import Observation, Response, instruction, render
-from chat import Chat
-from config import BadInput, Config, need
+from chat import Chat, fit
+from config import LOAD_ERRORS, BadInput, Config, need
 
 LOGIT_SLICE = 2**24  # most logits in memory at once while tokens are scored
 SHORT_PREFIX = 16  # fewer common tokens than this are not worth a pass of their own
@@ -62,6 +61,9 @@ class LanguageModel(torch.nn.Module):
         self.temperature = config.temperature if temperature is None else temperature
         if config.recompute and not model.is_activation_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
+        # Recomputed layers take no cache. Sliding windows count the padding after a prefix.
+        sliding = any(DynamicCache(config=model.config).is_sliding)
+        self.share_prefix = not (config.recompute or sliding)
         self.chat = Chat(tokenizer, instruction(config))
         ends = model.generation_config.eos_token_id or []  # a chat model often has two
         self.end_ids = {self.chat.end_id, *(ends if isinstance(ends, list) else [ends])}
@@ -200,18 +202,11 @@ class LanguageModel(torch.nn.Module):
     def read_prefix(self, rows: list, max_tokens: int) -> tuple[DynamicCache, int]:
         """Run the tokens that all rows begin with once: the template and the instruction.
 
-        Returns (their keys and values, copied to each row; their number, at most `max_tokens`). The
-        number is 0 if it is not worth it, or if layers are recomputed: that needs no cache. Sliding
-        windows count positions in the cache, so padding after the prefix would move them.
+        Returns (their keys and values, copied to each row; their number, at most `max_tokens`).
         """
         cache = DynamicCache(config=self.model.config)
         prefix = os.path.commonprefix(rows)[:max_tokens]
-        if (
-            len(rows) == 1
-            or len(prefix) < SHORT_PREFIX
-            or self.config.recompute
-            or any(cache.is_sliding)
-        ):
+        if not self.share_prefix or len(rows) == 1 or len(prefix) < SHORT_PREFIX:
             return cache, 0
         ids = torch.tensor([prefix], device=self.model.device)
         with self.autocast():
@@ -299,40 +294,11 @@ def check_model(model, tokenizer, config: Config):
 
 
 def unique_rows(rows: Iterable[Hashable]) -> tuple[list, list[int]]:
-    """(the distinct rows in order of appearance, each row's index among them).
-
-    >>> unique_rows("abac")
-    (['a', 'b', 'c'], [0, 1, 0, 2])
-    """
+    """(the distinct rows in order of appearance, each row's index among them)."""
     index, which = {}, []
     for row in rows:
         which.append(index.setdefault(row, len(index)))
     return list(index), which
-
-
-def fit(observation: Observation, num_tokens: Callable, limit: int) -> Observation:
-    """A copy of the observation, shortened until num_tokens(copy) is at most `limit`.
-
-    First it cuts the end of the text beside a question. Then it drops entries, the least similar
-    first. Then it cuts scratchpad and query. Raises BadInput if the task alone is too long.
-    """
-    while (tokens := num_tokens(observation)) > limit:
-        if observation.question and observation.chunk:
-            kept = len(observation.chunk) * limit // tokens * 99 // 100
-            observation = replace(observation, chunk=observation.chunk[:kept])
-        elif observation.entries:
-            observation = replace(observation, entries=observation.entries[:-1])
-        elif observation.scratchpad or observation.query:
-            name = max(("scratchpad", "query"), key=lambda name: len(getattr(observation, name)))
-            text = getattr(observation, name)
-            observation = replace(observation, **{name: text[: len(text) // 2]})
-        else:
-            raise BadInput(
-                f"the text and questions alone make a prompt of {tokens} tokens, longer than "
-                f"--max_prompt_tokens {limit}: raise it (for QA files: --preset qa), or lower "
-                "--chunk_tokens or --questions"
-            )
-    return observation
 
 
 def load_policy(name: str | Path, config: Config, dtype=torch.float32) -> LanguageModel:
@@ -342,7 +308,7 @@ def load_policy(name: str | Path, config: Config, dtype=torch.float32) -> Langua
         auto = auto_class(AutoConfig.from_pretrained(name))
         model, info = auto.from_pretrained(name, dtype=dtype, output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, ImportError, KeyError, SafetensorError) as error:
+    except LOAD_ERRORS as error:
         missing = "" if Path(name).exists() else "there is no such folder, and "
         reason = " ".join(str(error).split())
         raise BadInput(f"{name}: {missing}transformers cannot load it: {reason}") from error

@@ -2,7 +2,7 @@
 
     python sft.py                                    the town, a tiny model, on a CPU: runs/town/sft
     python sft.py --preset qa --task hotpotqa --data hotpot_train.json
-    python sft.py --preset pretrained --model Qwen/Qwen3-0.6B --task hotpotqa --data FILE
+    python sft.py --preset qwen3 --task hotpotqa --data FILE
     python sft.py --demonstrations taught.jsonl ...  a teacher's episodes, made by tools/teach.py
 
 1. Demonstrators play training tasks through the agent loop, one block of tasks at a time. In the

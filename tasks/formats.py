@@ -18,7 +18,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from sys import intern  # equal texts of different rows are stored once
+from sys import intern
 
 from config import BadInput, need
 from tasks import Question, Task
@@ -110,7 +110,7 @@ class Report:
             return result
         except BadInput as error:
             reason = str(error)
-        except (AttributeError, IndexError, KeyError, SyntaxError, TypeError, ValueError) as error:
+        except (AttributeError, LookupError, SyntaxError, TypeError, ValueError) as error:
             fields = f", and its fields are {', '.join(row)}" if isinstance(row, dict) else ""
             reason = f"it is not in this format: {error!r:.200}{fields}"
         self.bad += 1
@@ -154,7 +154,7 @@ def read_rows(path: str, task: str) -> list[Example] | list[Task]:
                 places[one.id] = where
             if one and one.questions:
                 rows.append(one)
-    except (EOFError, OSError, UnicodeDecodeError, zlib.error) as error:
+    except (EOFError, OSError, RecursionError, UnicodeDecodeError, zlib.error) as error:
         raise BadInput(f"{path}: not readable, or not complete: {error}. {ACCEPTED}") from error
     report.finish()
     questions.finish()
@@ -197,19 +197,26 @@ def pairs(value: object, other: str) -> list[tuple]:
     return [(one["title"], one[other]) if isinstance(one, dict) else tuple(one) for one in value]
 
 
+def checked(text: str) -> str:
+    """The text, stored once if rows repeat it. Raises UnicodeEncodeError for half an emoji."""
+    text.encode()
+    return intern(text)
+
+
 def make_question(text: str, answers: list, support=()) -> Question:
     """answers: texts or numbers, the gold answer first. Empty and repeated aliases are dropped."""
     need(isinstance(answers, list), "its answers are not a list")
     texts = [str(one).strip() if isinstance(one, str | int | float) else "" for one in answers]
-    need(text.strip() and texts and texts[0], "its question or its answer is empty")
+    texts, text = list(map(checked, texts)), checked(text.strip())
+    need(text and texts and texts[0], "its question or its answer is empty")
     answers = dict.fromkeys(filter(None, texts))  # an ordered set
-    return Question(text.strip(), tuple(answers), tuple(dict.fromkeys(support)))
+    return Question(text, tuple(answers), tuple(dict.fromkeys(support)))
 
 
 def make_example(question: Question, gold: list[str], rest: list[str]) -> Example:
     """gold, rest: the texts of paragraphs. Repeated ones are dropped."""
     need(gold, "it has no supporting paragraphs")
-    documents = tuple(dict.fromkeys(map(intern, gold + rest)))
+    documents = tuple(dict.fromkeys(map(checked, gold + rest)))
     return Example((question,), documents, len(set(gold)))
 
 
@@ -274,7 +281,7 @@ def complete_task(row: dict, where: str, report: Report) -> Task:
     questions = []
     for number, one in enumerate(row["questions"], 1):
         questions.append(report.convert(f"{where}, question {number}", convert, one))
-    documents = tuple(map(intern, row["documents"]))
+    documents = tuple(map(checked, row["documents"]))
     id = where if row.get("id") is None else str(row["id"])
     return Task(id, tuple(filter(None, questions)), documents)
 
@@ -331,11 +338,6 @@ def memoryagentbench_row(row: dict) -> dict:
     return {"id": source, "questions": questions, "documents": [row["context"]]}
 
 
-def babilong_row(row: dict) -> dict:
-    """A row of BABILong."""
-    return task_row(row["question"], row["target"], [row["input"]])
-
-
 FORMATS = {  # functions of a row; None is a row whose question has no answer in the text
     "hotpotqa": hotpot_example,
     "2wikimultihopqa": hotpot_example,
@@ -345,5 +347,5 @@ FORMATS = {  # functions of a row; None is a row whose question has no answer in
     "locomo": locomo_row,
     "longmemeval": longmemeval_row,
     "memoryagentbench": memoryagentbench_row,
-    "babilong": babilong_row,
+    "babilong": lambda row: task_row(row["question"], row["target"], [row["input"]]),
 }

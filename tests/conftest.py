@@ -95,6 +95,10 @@ def tiny():
     return tiny_policy()
 
 
+def is_probe(body: dict) -> bool:
+    return body["messages"][-1]["content"].endswith(PROBE)
+
+
 class Server(ThreadingHTTPServer):
     """Stands in for an OpenAI-compatible server.
 
@@ -114,12 +118,12 @@ class Server(ThreadingHTTPServer):
     def result(self, body):
         """The answer's text, or (status, body) of an HTTP error."""
         for name in self.refuses:
-            if name in body:
+            if name in body or name == body["messages"][0]["role"]:
                 message = self.complaint.format(name)
                 return 400, json.dumps({"error": {"message": message, "code": "bad_value"}})
         if self.status != 200:
             return self.status, "no"
-        return "yes" if body["messages"] == PROBE else self.reply(body["messages"])
+        return "yes" if is_probe(body) else self.reply(body["messages"])
 
     def handle_error(self, *_):  # a client that went away
         pass
@@ -129,7 +133,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         server, body = self.server, json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         with server.lock:
-            seen = server.probes if body["messages"] == PROBE else server.seen
+            seen = server.probes if is_probe(body) else server.seen
             seen.append({"path": self.path, **body})
             server.now += 1
             server.most = max(server.most, server.now)

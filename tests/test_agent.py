@@ -8,9 +8,9 @@ import pytest
 from conftest import Scripted, make_task
 
 from agent import TAGS, Observation, Response, instruction, parse, render, run_episodes, unbox
+from chat import fit
 from config import OPERATIONS, Config
 from memory import Entry
-from policy import fit
 from tasks.scoring import exact_match
 
 

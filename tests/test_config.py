@@ -85,12 +85,12 @@ def test_later_sources_win(parse):
     default = Config()
     assert values("") == (default.top_k, default.hidden_size, default.grpo_lr, default.layers)
     assert values("--top_k 5") == (5, *values("")[1:])
-    preset = PRESETS["pretrained"]
-    assert values("--preset pretrained --model m")[::2] == (preset["top_k"], preset["grpo_lr"])
-    assert values("--preset pretrained --model m")[1::2] == (default.hidden_size, default.layers)
-    assert values("--preset pretrained --model m --grpo_lr 2")[::2] == (preset["top_k"], 2)
+    preset = PRESETS["qwen3"]
+    assert values("--preset qwen3 --model m")[::2] == (preset["top_k"], preset["grpo_lr"])
+    assert values("--preset qwen3 --model m")[1::2] == (default.hidden_size, default.layers)
+    assert values("--preset qwen3 --model m --grpo_lr 2")[::2] == (preset["top_k"], 2)
     assert values(f"--from {run}") == (3, 64, 0.5, default.layers)
-    assert values(f"--preset pretrained --from {run} --top_k 5") == (5, 64, 0.5, default.layers)
+    assert values(f"--preset qwen3 --from {run} --top_k 5") == (5, 64, 0.5, default.layers)
 
 
 def test_a_flag_switches_off_what_a_run_switched_on(parse):

@@ -45,6 +45,6 @@ def test_a_picture_is_not_overwritten(tmp_path, monkeypatch):
     """Bug: the curves of an earlier run are replaced without being asked."""
     (tmp_path / "curves.png").write_text("old")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["plot", "metrics.jsonl"])
+    monkeypatch.setattr("sys.argv", ["plot", "curves.png", "metrics.jsonl"])
     with pytest.raises(BadInput, match="curves.png exists"):
         plot.main()

@@ -152,17 +152,22 @@ FIELDS = {"max_tokens": 5, "temperature": 0, "chat_template_kwargs": {"enable_th
 @pytest.mark.parametrize("complaint", ["Unsupported parameter: '{}'", "Bad request."])
 @pytest.mark.parametrize(
     "refuses",
-    [(), *zip(FIELDS), ("chat_template_kwargs", "temperature"), tuple(FIELDS)],
+    [(), *zip(FIELDS), ("system",), ("chat_template_kwargs", "temperature"), tuple(FIELDS)],
 )
 def test_refused_fields(serve, tmp_path, capsys, refuses, complaint):
-    """Bug: a server that refuses a field cannot be used, or loses fields that it accepts."""
+    """Bug: a server that refuses a field cannot be used, or loses fields that it accepts. (If it
+    does not name the field, those before it are left out, too.)"""
     server, file = serve(lambda messages: "fine"), tmp_path / "f"
     server.refuses, server.complaint = refuses, complaint
     questions = [ask("a"), ask("b")]
     answers = Endpoint(server.url, "m", file, 1).complete(questions, 5, 0.0)
     assert answers[1].text == "fine" and len(server.seen) == 2
-    expected = {name: value for name, value in FIELDS.items() if name not in refuses}
-    if "max_tokens" in refuses:
+    lost = set(refuses)
+    if refuses and complaint == "Bad request.":
+        order = ["system", "chat_template_kwargs", "max_tokens", "temperature"]
+        lost = set(order[: 1 + max(map(order.index, refuses))])
+    expected = {name: value for name, value in FIELDS.items() if name not in lost}
+    if "max_tokens" in lost:
         expected["max_completion_tokens"] = 5
     for request in (*server.seen, server.probes[-1]):
         known = {*FIELDS, "max_completion_tokens"}
@@ -261,19 +266,19 @@ def test_no_content(serve, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "reply, text",
+    "reply, word",
     [
-        ("<answer>Eva</answer>", "<answer>Eva</answer>"),
-        ("Eva? <answer>Eva</answer></think><answer>Ben</answer>", "<answer>Ben</answer>"),
-        ("<think>a</think> <think>b</think> c", " c"),
-        ("<think>Is it <answer>Eva</answer>", ""),
+        ("Yes.", "yes"),
+        ("No? Rather no. </think>Yes", "yes"),
+        ("<think>no</think> <think>no</think> yes", "yes"),
+        ("<think>Perhaps no", ""),
     ],
 )
-def test_thoughts_are_no_operations(serve, tmp_path, reply, text):
-    """Bug: operations in a model's thoughts are executed."""
+def test_a_judge_thinks_first(serve, tmp_path, monkeypatch, reply, word):
+    """Bug: a word of the judge's thoughts is its verdict."""
+    monkeypatch.chdir(tmp_path)
     server = serve(lambda messages: reply)
-    endpoint = Endpoint(server.url, "m", tmp_path / "f", 1)
-    assert endpoint.complete([ask("a")], 5, 0.0)[0].text == text
+    assert Judge(Config(), "judge", server.url).verdicts(["Right?"]) == [word]
 
 
 def test_a_foreign_file_is_not_touched(tmp_path):

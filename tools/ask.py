@@ -108,19 +108,16 @@ def load_memory(path: str, config: Config, embed: Embedder) -> tuple[Memory, dic
     memory = Memory()
     try:
         state = json.loads(Path(path).read_text(encoding="utf-8"))
-        texts = [text for _, text in state["entries"]]
-        same, made_with = state["embedder"] == config.embedder, state["embedder"]
-        need(same, f"--memory {path} was made with --embedder {made_with}, not {config.embedder}")
-        for (id, text), vector in zip(state["entries"], embed(texts)):
-            memory.next_id = int(id)
-            memory.create(text, vector)
-        memory.next_id, memory.scratchpad = int(state["next_id"]), str(state["scratchpad"])
-        origins, query = dict(state["origins"]), str(state["query"])
-    except BadInput:
-        raise
+        entries = [(int(id), str(text)) for id, text in state["entries"]]
+        next_id, memory.scratchpad = int(state["next_id"]), str(state["scratchpad"])
+        origins, query, made_with = dict(state["origins"]), str(state["query"]), state["embedder"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise BadInput(f"--memory {path} is not a saved memory: {error!r}") from error
-    memory.capacity = config.capacity
+    same = made_with == config.embedder
+    need(same, f"--memory {path} was made with --embedder {made_with}, not {config.embedder}")
+    for (memory.next_id, text), vector in zip(entries, embed([text for _, text in entries])):
+        memory.create(text, vector)
+    memory.next_id, memory.capacity = next_id, config.capacity
     return memory, origins, query
 
 

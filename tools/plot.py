@@ -1,12 +1,12 @@
 """The learning curves of GRPO runs as a picture.
 
-    python -m tools.plot results/seed4?/grpo.jsonl      draws curves.png: mean and range of 3 runs
+    python -m tools.plot curves.png results/seed4?/grpo.jsonl       the mean and range of three runs
 
 It needs matplotlib.
 """
 
 import json
-from argparse import ArgumentParser
+import sys
 from pathlib import Path
 from statistics import mean
 
@@ -56,12 +56,10 @@ def draw_curves(files: list[str], out: str):
 
 
 def main():
-    parser = ArgumentParser(description="Draw the learning curves of GRPO runs.")
-    parser.add_argument("metrics", nargs="+", help="metrics.jsonl files of GRPO runs")
-    parser.add_argument("--out", default="curves.png", help="the picture to write")
-    args = parser.parse_args()
-    need(not Path(args.out).exists(), f"--out {args.out} exists: name another file")
-    draw_curves(args.metrics, args.out)
+    need(len(sys.argv) > 2, "usage: python -m tools.plot PICTURE.png METRICS.jsonl ...")
+    out, *files = sys.argv[1:]
+    need(not Path(out).exists(), f"{out} exists: name another file")
+    draw_curves(files, out)
 
 
 if __name__ == "__main__":

@@ -19,14 +19,13 @@ import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from itertools import combinations
 from pathlib import Path
 
 from huggingface_hub import InferenceClient
 
 from agent import Episode, Observation, Response, instruction, render, without_thoughts
+from chat import conversation, fit
 from config import BadInput, Config, need
-from policy import fit
 from tasks.demonstrators import read_jsonl_log
 from tasks.scoring import answered
 
@@ -35,8 +34,9 @@ PAUSES = (1, 4, 15, 60)  # seconds before each new try after a transient error
 FINAL = {400, 401, 403, 404, 405, 413, 422}  # HTTP errors that are not retried
 TOO_LONG = re.compile(r"(?i)too long|(exceed|maximum).*(length|token)|context.(length|size|limit)")
 NO_THINKING = {"enable_thinking": False}  # as for a local model
-FIELDS = ("chat_template_kwargs", "max_tokens", "temperature")  # some servers refuse them
-PROBE = [{"role": "user", "content": "Reply with yes."}]
+# Some servers refuse these fields, or a system message. The last one matters most.
+FIELDS = ("system", "chat_template_kwargs", "max_tokens", "temperature")
+PROBE = "Reply with yes."
 
 
 class Endpoint:
@@ -87,26 +87,26 @@ class Endpoint:
         """Those of FIELDS that the server refuses. It is asked once, at temperature 0."""
         if self.name in self.known:
             return self.known[self.name]["refused"]
-        named, unexplained = set(), []  # named: fields that the server's errors name
-        for refused in (set(some) for n in range(4) for some in combinations(FIELDS, n)):
-            if not named <= refused:
-                continue
+        refused, left, unexplained = [], list(FIELDS), []
+        while True:
+            messages = conversation("Be brief.", PROBE, "system" not in refused)
             try:
-                self.ask(PROBE, self.settings(max_tokens, 0.0, refused))
+                self.ask(messages, self.settings(max_tokens, 0.0, refused))
+                break
             except BadInput as error:
                 status, body = http_error(error.__cause__)
                 if status not in (400, 422) or TOO_LONG.search(body):
                     raise
-                new = {field for field in FIELDS if field in body} - refused
-                named |= new
-                if not new:
-                    unexplained.append(error)
-            else:
-                self.keep(self.name, {"refused": sorted(refused)})
-                if refused:
-                    print(f"{self.name} does not accept {', '.join(sorted(refused))}")
-                return sorted(refused)
-        raise unexplained[0]
+                named = [field for field in left if field in body.lower()]
+                unexplained += [] if named else [error]
+                if not left:
+                    raise unexplained[0] from error
+                refused.append((named or left)[0])
+                left.remove(refused[-1])
+        self.keep(self.name, {"refused": refused})
+        if refused:
+            print(f"{self.name} does not accept {', '.join(refused)}")
+        return refused
 
     def settings(self, max_tokens: int, temperature: float, refused) -> dict:
         """The settings of a request, without the fields that the server refuses."""
@@ -168,9 +168,9 @@ def http_error(error: Exception) -> tuple[int | None, str]:
 
 
 def read_answer(answer) -> dict:
-    """The fields of a Response in a chat completion, without the model's thoughts."""
+    """The fields of a Response in a chat completion."""
     [choice] = answer.choices
-    text = without_thoughts(choice.message.content or "")
+    text = choice.message.content or ""
     tokens = answer.usage.completion_tokens if answer.usage else rough_count([text])[0]
     return {"text": text, "tokens": tokens, "truncated": choice.finish_reason == "length"}
 
@@ -206,8 +206,8 @@ class ServerPolicy:
         return [replace(response, observation=o) for response, o in zip(responses, shown)]
 
     def messages(self, observation: Observation) -> list[dict]:
-        system = {"role": "system", "content": instruction(self.config)}
-        return [system, {"role": "user", "content": render(observation)}]
+        refused = self.endpoint.probe(self.config.max_response_tokens)
+        return conversation(instruction(self.config), render(observation), "system" not in refused)
 
     def shorten(self, observation: Observation) -> Observation:
         """The observation as the model sees it, shortened if it is too long."""
@@ -246,5 +246,5 @@ class Judge:
         """The first word of the reply to each prompt, in lower case; "" if there is none."""
         conversations = [[{"role": "user", "content": prompt}] for prompt in prompts]
         replies = self.endpoint.complete(conversations, max_tokens=512, temperature=0.0)
-        found = [re.search(r"\w+", reply.text.lower()) for reply in replies]
+        found = [re.search(r"\w+", without_thoughts(one.text).lower()) for one in replies]
         return [word[0] if word else "" for word in found]

@@ -78,11 +78,9 @@ def printable(text: str) -> str:
 def write_page(played: list[tuple[str, list[Episode]]], dialect: str, out: str):
     """Write one page that replays episodes. played: (label, episodes), the same tasks in each."""
     rows = [[describe(episode) for episode in episodes] for _, episodes in played]
-    labels, tags = (
-        [label for label, _ in played],
-        {tag: kind for kind, tag in TAGS[dialect].items()},
-    )
-    data = {"tags": tags, "labels": labels, "tasks": list(zip(*rows, strict=True))}
+    tags = {tag: kind for kind, tag in TAGS[dialect].items()}
+    labels, tasks = [label for label, _ in played], list(zip(*rows, strict=True))
+    data = {"tags": tags, "labels": labels, "tasks": tasks}
     text = json.dumps(data).replace("<", "\\u003c")  # no text can end the script that holds it
     page = Path(__file__).with_name("view.html").read_text(encoding="utf-8")
     Path(out).write_text(page.replace("DATA", text, 1), encoding="utf-8")

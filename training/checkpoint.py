@@ -1,11 +1,10 @@
 """A run on disk: its settings, metrics and checkpoints, and how it is stopped and resumed.
 
-A checkpoint is written aside, flushed and then renamed, so a run can be killed at any moment.
+A checkpoint is written aside and then renamed, so a run can be killed at any moment.
 --resume drops the steps after the newest checkpoint and repeats them exactly: everything random is
 seeded by the step, so no generator state has to be saved.
 """
 
-import errno
 import json
 import os
 import re
@@ -86,9 +85,6 @@ class Run:
             f"{self.folder} already holds a run: continue it with --resume {self.folder}, "
             "choose another --name, or replace it with --overwrite",
         )
-        above = next(path for path in self.folder.absolute().parents if path.exists())
-        usable = above.is_dir() and os.access(above, os.W_OK)
-        need(usable, f"{self.folder} cannot be made: {above} is not a folder to write to")
         self.accelerator = make_accelerator(config, self.folder)
         self.main = self.accelerator.is_main_process  # the process that writes
         self.accelerator.print(f"{self.folder}: on {device_name(self.accelerator.device)}")
@@ -232,10 +228,7 @@ class Run:
         (part / "progress.json").write_text(json.dumps(progress))
         if not self.checkpoint:  # only now is there something to put in the place of an old run
             self.replace_old_run()
-        for path in [self.folder / "metrics.jsonl", *part.rglob("*"), part]:
-            flush(path)
         part.rename(self.folder / step_name(self.step))
-        flush(self.folder)
         self.point_and_prune()
 
     def point_and_prune(self):
@@ -306,22 +299,4 @@ def replace_file(path: Path, text: str):
     """Write a text file atomically: at any moment there is either the old or the new one."""
     part = path.with_name(path.name + ".part")
     part.write_text(text, encoding="utf-8")
-    flush(part)
     os.replace(part, path)
-
-
-def flush(path: Path):
-    """Make sure that a file, or the names in a folder, are on disk and survive a power cut.
-
-    Windows flushes neither folders nor files opened to be read. Some network drives refuse.
-    """
-    if os.name == "nt":
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
-            raise
-    finally:
-        os.close(descriptor)

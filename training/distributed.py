@@ -85,6 +85,7 @@ def distribute(policy: LanguageModel, accelerator: Accelerator):
     need(os.environ.get("FSDP_VERSION") == "2", "FSDP1 is not supported: set fsdp_version: 2")
     layers = getattr(policy.model.get_decoder(), "layers", None)
     need(layers is not None, f"{type(policy.model).__name__} has no list of layers to shard")
+    policy.share_prefix = False  # all processes have to run the layers equally often
     # accelerate's own FSDP plugin runs on GPUs only; torch's function runs on a CPU as well.
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     precision = MixedPrecisionPolicy(copy_dtype(accelerator), torch.float32)

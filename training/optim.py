@@ -11,9 +11,8 @@ from policy import LanguageModel, Sample
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024): Nesterov momentum, orthogonalized before it is applied.
 
-    The same as torch.optim.Muon with adjust_lr_fn="match_rms_adamw" and no weight decay. But all
-    matrices of one shape are orthogonalized together, in fp32. torch does one at a time in bf16,
-    which is slow on most CPUs.
+    The same as torch.optim.Muon with adjust_lr_fn="match_rms_adamw" and no weight decay, but in
+    fp32. torch's computes in bf16, which is slow on most CPUs.
     """
 
     def __init__(self, params, momentum: float = 0.95):
@@ -22,7 +21,6 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure=None):
         for group in self.param_groups:
-            by_shape = {}  # (rows, columns), the smaller first -> [(parameter, update)]
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue
@@ -30,25 +28,21 @@ class Muon(torch.optim.Optimizer):
                     self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
                 average = self.state[parameter]["momentum_buffer"]
                 average.lerp_(parameter.grad, 1 - group["momentum"])
-                update = parameter.grad.lerp(average, group["momentum"])
-                by_shape.setdefault(tuple(sorted(parameter.shape)), []).append((parameter, update))
-            for (rows, columns), pairs in by_shape.items():
-                wide = [update if update.shape[0] == rows else update.mT for _, update in pairs]
-                updates = orthogonalize(torch.stack(wide))  # (n, rows, columns)
-                scale = 0.2 * math.sqrt(columns)  # as large as AdamW's updates
-                for (parameter, _), update in zip(pairs, updates):
-                    update = update if parameter.shape[0] == rows else update.mT
-                    parameter.add_(update, alpha=-scale * group["lr"])
+                update = orthogonalize(parameter.grad.lerp(average, group["momentum"]))
+                scale = 0.2 * math.sqrt(max(parameter.shape))  # as large as AdamW's updates
+                parameter.add_(update, alpha=-scale * group["lr"])
 
 
-def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
-    """About U V^T of each matrix U S V^T, by Newton-Schulz iteration. (n, rows <= columns)."""
-    x = matrices / matrices.square().sum((1, 2), keepdim=True).sqrt().clamp(min=1e-7)
+def orthogonalize(matrix: torch.Tensor, steps: int = 5) -> torch.Tensor:
+    """About U V^T of a matrix U S V^T, by Newton-Schulz iteration. Same shape."""
+    tall = matrix.shape[0] > matrix.shape[1]
+    x = matrix.mT if tall else matrix
+    x = x / x.square().sum().sqrt().clamp(min=1e-7)
     for _ in range(steps):  # a quintic that drives the singular values towards 1
-        gram = x @ x.mT  # (n, rows, rows)
-        update = torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
-        x = torch.baddbmm(x, update, x, beta=3.4445)
-    return x
+        gram = x @ x.mT  # (rows, rows)
+        update = torch.addmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
+        x = torch.addmm(x, update, x, beta=3.4445)
+    return x.mT if tall else x
 
 
 def make_optimizers(policy: LanguageModel, kind: str) -> list[torch.optim.Optimizer]:
