@@ -132,14 +132,10 @@ USAGE = {
 
 def instruction(config: Config) -> str:
     """The system message for pretrained models. Operations that are disabled are not mentioned."""
-    if config.instruction:
-        return config.instruction
     number, answer = FORMS[config.dialect]
-    usage = [
-        USAGE[kind].format(tag=tag, number=number, answer=answer)
-        for kind, tag in TAGS[config.dialect].items()
-        if kind == "answer" or config.enabled(kind)
-    ]
+    tags = TAGS[config.dialect]
+    kinds = [kind for kind in tags if kind == "answer" or config.enabled(kind)]
+    usage = [USAGE[kind].format(tag=tags[kind], number=number, answer=answer) for kind in kinds]
     if len(usage) == 1:
         return f"You are asked a question, with or without a text. Write only this:\n{usage[0]}"
     return (

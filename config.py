@@ -181,9 +181,10 @@ def need(condition: object, message: str):
 PRESETS = {
     "town": {},
     "qa": dict(
-        questions=0, documents=50, top_k=6, max_prompt_tokens=1536, max_response_tokens=192,
-        sft_tasks=100, sft_steps=400, sft_batch=32, grpo_steps=20, tasks_per_step=2, group_size=4,
-        grpo_lr=3e-4, sample_rows=64, eval_tasks=50, micro_batch_tokens=4096,
+        task="hotpotqa", questions=0, documents=50, top_k=6, max_prompt_tokens=1536,
+        max_response_tokens=192, sft_tasks=100, sft_steps=400, sft_batch=32, grpo_steps=20,
+        tasks_per_step=2, group_size=4, grpo_lr=3e-4, sample_rows=64, eval_tasks=50,
+        micro_batch_tokens=4096,
     ),
     "qwen3": dict(
         model="Qwen/Qwen3-0.6B", questions=0, documents=50, chunk_tokens=2048, top_k=6,
@@ -254,7 +255,6 @@ def parse_args(
         config = Config(**{name: values.pop(name) for name in names})
         if resume and early.resume:
             check_resume(early, config, saved)
-        need(early.preset != "qa" or config.data, "--preset qa needs --task and --data: a QA file")
     except BadInput as error:
         parser.error(str(error))
     return config, Namespace(**values)

@@ -64,7 +64,7 @@ class LanguageModel(torch.nn.Module):
         # Recomputed layers take no cache. Sliding windows count the padding after a prefix.
         sliding = any(DynamicCache(config=model.config).is_sliding)
         self.share_prefix = not (config.recompute or sliding)
-        self.chat = Chat(tokenizer, instruction(config))
+        self.chat = Chat(tokenizer, config.instruction or instruction(config))
         ends = model.generation_config.eos_token_id or []  # a chat model often has two
         self.end_ids = {self.chat.end_id, *(ends if isinstance(ends, list) else [ends])}
         self.softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)

@@ -1,133 +1,142 @@
-"""Time rollouts and optimiser steps, and other implementations of them, in one run.
+"""Time rollouts and optimiser steps beside other implementations, and measure their memory.
 
-    python -m tools.bench                  all parts: rollouts, grpo and sft
-    python -m tools.bench rollouts         some of them: this one takes 12 seconds on two CPU cores
+    python -m tools.bench                                   all parts, with the policy of runs/town
+    python -m tools.bench grpo sft --preset smollm2 --model FOLDER      two parts, another model
+    python -m tools.bench rollouts --from runs/smol/sft --tasks_per_step 2
 
-A ratio is the peer's time divided by ours, so above 1 ours is faster. It is the median over the
-repeats, with the smallest and the largest. Ours and the peers take turns, so a busy machine slows
-down all of them. TRL is optional: pip install trl datasets
+The parts are rollouts, grpo and sft. Without a run and --model, the model is a new tiny one. The
+samples are turns of the town. A ratio is the peer's time divided by ours, so above 1 ours is
+faster: the median over the repeats, with the smallest and the largest. All take turns in one
+process, so a busy machine slows down all of them. Beside it stands the peak memory that one run
+needs above what was there before it. TRL is optional: pip install trl datasets
 """
 
 import copy
 import random
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from agent import run_episodes
-from config import Config, need
+from config import Config, need, parse_args
 from grpo import grpo_step
 from memory import HashedEmbedder
-from policy import LanguageModel, Sample
+from policy import LanguageModel, Sample, load_policy
 from sft import sft_step
 from tasks import load_tasks
+from tasks.demonstrators import demonstrate
 from tasks.scoring import exact_match
 from tools.peers import Generate, trl_steps
-from training.optim import make_optimizers, set_lr
-from training.tiny import corpus, create_policy, train_tokenizer
-
-# Two layers under the real vocabulary: a shape for a CPU, where the output head costs the most.
-SHAPE = dict(
-    vocab_size=151_936, hidden_size=128, num_hidden_layers=2, num_attention_heads=4,
-    num_key_value_heads=4, head_dim=64, intermediate_size=256,
-)  # fmt: skip
-CPU = not torch.cuda.is_available()
+from training.checkpoint import latest_checkpoint
+from training.optim import make_optimizers, micro_batches, set_lr
+from training.tiny import corpus, create_policy
 
 
-def seconds_of(work: Callable) -> float:
+def measure(work: Callable) -> tuple[float, float]:
+    """(seconds, GB): the time of work(), and its peak memory above the memory before it.
+
+    The memory of a CPU is read where Linux tells it, else it is 0.
+    """
+    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    on_gpu, before = torch.cuda.is_available(), 0.0
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated() / 1e9
+    elif reset.exists():
+        reset.write_text("5")  # the peak is counted from here
+        before = float(status.read_text().split("VmRSS:")[1].split()[0]) / 1e6
     started = time.perf_counter()
     work()
-    if not CPU:
+    if on_gpu:
         torch.cuda.synchronize()
-    return time.perf_counter() - started
+    seconds, peak = time.perf_counter() - started, before
+    if on_gpu:
+        peak = torch.cuda.max_memory_allocated() / 1e9
+    elif reset.exists():
+        peak = float(status.read_text().split("VmHWM:")[1].split()[0]) / 1e6
+    return seconds, peak - before
 
 
-def compare(title: str, ours: Callable, peers: dict[str, Callable], repeats: int = 5):
-    """Time `ours` and each of `peers`, {label: function}, in turn, and print the ratios."""
-    work = {"ours": ours} | peers
-    times = {label: [] for label in work}
+def compare(title: str, work: dict[str, Callable], repeats: int = 3):
+    """Run the functions of `work`, {label: function}, in turn. Print ratios to the first one."""
+    measured = {label: [] for label in work}
     for _ in range(repeats + 1):
         for label, run in work.items():
-            times[label].append(seconds_of(run))
-    times = {label: np.array(seconds[1:]) for label, seconds in times.items()}  # the first warms up
-    print(f"\n{title}: ours {np.median(times['ours']):.3g} s")
-    for label in peers:
-        ratios = times[label] / times["ours"]
+            measured[label].append(measure(run))
+    measured = {label: np.array(rows[1:]) for label, rows in measured.items()}  # the first warms up
+    ours = next(iter(measured.values()))  # (repeats, 2)
+    print(f"\n{title}")
+    for label, theirs in measured.items():
+        seconds, peak = np.median(theirs, axis=0)
+        ratios = theirs[:, 0] / ours[:, 0]
         spread = f"({ratios.min():.2f} to {ratios.max():.2f})"
-        print(f"    {label:58} {np.median(ratios):8.2f} x  {spread}")
+        times = f"{seconds:8.3g} s {peak:6.2f} GB {np.median(ratios):6.2f} x  {spread}"
+        print(f"    {label:40} {times}", flush=True)
 
 
-# --- rollouts -------------------------------------------------------------------------------------
-def rollouts():
+def rollouts(policy: LanguageModel, config: Config):
     """Whole episodes of the town, beside transformers' generate."""
-    config = Config(cpu=CPU)
-    policy = create_policy(config, corpus(config)).to("cpu" if CPU else "cuda")
-    policy.end_ids = set(range(0, policy.known_ids, 7))  # about 7 tokens, as in a trained policy
     stream, embed = load_tasks(config, "train", policy.count), HashedEmbedder()
-    tasks = [stream(episode // 8) for episode in range(64)]
+    tasks = [stream(i) for i in range(config.tasks_per_step) for _ in range(config.group_size)]
 
     def play(player):
-        return run_episodes(tasks, player, config, embed, exact_match)
+        return lambda: run_episodes(tasks, player, config, embed, exact_match)
 
-    peers = {"generate, one batch (TRL without vLLM)": lambda: play(Generate(policy))}
-    compare("rollouts: 8 tasks, 8 episodes each", lambda: play(policy), peers, repeats=3)
-
-
-# --- the optimiser step ---------------------------------------------------------------------------
-def made_policy(config: Config, shape: dict) -> tuple[Qwen3ForCausalLM, LanguageModel]:
-    """(a Qwen3 of that shape with random weights, a policy of a copy of it)."""
-    tokenizer = train_tokenizer(corpus(Config()), Config())
-    torch.manual_seed(0)
-    with torch.device("cpu" if config.cpu else "cuda"):
-        model = Qwen3ForCausalLM(Qwen3Config(**shape, eos_token_id=tokenizer.eos_token_id))
-    return model, LanguageModel(copy.deepcopy(model), tokenizer, config)
+    title = f"rollouts: {config.tasks_per_step} tasks, {config.group_size} episodes each"
+    peer = "generate, one batch (TRL without vLLM)"
+    compare(title, {"ours": play(policy), peer: play(Generate(policy))})
 
 
-def made_samples(number: int, prompt: tuple, response: tuple) -> list[Sample]:
-    """Samples of random tokens. prompt, response: (fewest, most) tokens."""
-    rng, samples = random.Random(0), []
-    for _ in range(number):
-        prompt_ids = [rng.randrange(5, 100) for _ in range(rng.randint(*prompt))]
-        ids = [rng.randrange(5, 100) for _ in range(rng.randint(*response))]
-        samples.append(Sample(prompt_ids, ids, [-5.0] * len(ids), rng.choice((-0.5, 0.5))))
-    return samples
+def town_samples(policy: LanguageModel, config: Config) -> list[Sample]:
+    """`sft_batch` turns of demonstrations, with made-up advantages and log-probs."""
+    stream = load_tasks(config, "train", policy.count)
+    tasks = list(map(stream, range(config.sft_batch)))
+    episodes = demonstrate(tasks, config, HashedEmbedder(), policy)
+    rng = random.Random(config.seed)
+    turns = rng.sample([turn for one in episodes for turn in one.turns], config.sft_batch)
+    prompts = [ids for _, ids in policy.encode([turn.observation for turn in turns])]
+    responses = policy.chat.encode_responses([turn.response.text for turn in turns])
+    return [
+        Sample(prompt, ids, [-1.0] * len(ids), rng.choice((-0.5, 0.5)))
+        for prompt, ids in zip(prompts, responses)
+    ]
 
 
-def make_steps(model, policy: LanguageModel, samples: list[Sample], kind: str) -> dict:
-    """{label: a function that takes a step}: ours, and TRL's on `model` if it is installed."""
+def step(policy: LanguageModel, config: Config, kind: str):
+    """One optimiser step, 'sft' or 'grpo', beside TRL's trainer with the same micro-batches."""
+    samples, other = town_samples(policy, config), copy.deepcopy(policy.model)
     optimizers = make_optimizers(policy, "adamw")
     set_lr(optimizers, 1e-6)
     num_tokens = sum(len(sample.response_ids) for sample in samples)
     take_step = partial(sft_step, policy) if kind == "sft" else partial(grpo_step, policy, None)
-    accelerator, config = Accelerator(cpu=policy.config.cpu), policy.config
-    ours = partial(take_step, samples, num_tokens, optimizers, accelerator, config)
-    return {"ours": ours} | trl_steps(model, policy.tokenizer, samples, kind, config)
+    accelerator = Accelerator(cpu=config.cpu)
+    work = {"ours": partial(take_step, samples, num_tokens, optimizers, accelerator, config)}
+    batches = micro_batches(samples, config.micro_batch_tokens)
+    work |= trl_steps(other, policy.tokenizer, batches, kind, config)
+    compare(f"{kind}: a step on {len(samples)} turns in {len(batches)} micro-batches", work)
 
 
-def step(kind: str):
-    """Time one optimiser step of a small model on 16 samples that are as long as reading turns."""
-    limits = {"max_prompt_tokens": 600, "max_response_tokens": 128, "micro_batch_tokens": 4096}
-    model, policy = made_policy(Config(cpu=CPU, **limits), SHAPE)
-    steps = make_steps(model, policy, made_samples(16, (64, 512), (8, 128)), kind)
-    ours = steps.pop("ours")
-    compare(f"{kind.upper()}: a step on 16 samples, vocabulary 151,936", ours, steps, repeats=3)
-
-
-PARTS = {"rollouts": rollouts, "grpo": partial(step, "grpo"), "sft": partial(step, "sft")}
+PARTS = {"rollouts": rollouts, "grpo": partial(step, kind="grpo"), "sft": partial(step, kind="sft")}
+FLAGS = [("parts", dict(nargs="*", metavar="PART", help=f"{', '.join(PARTS)}; default: all"))]
 
 
 def main():
-    names = sys.argv[1:] or list(PARTS)
-    for name in names:
+    config, args = parse_args("Timings.", FLAGS, default_runs=("grpo", "sft"))
+    for name in args.parts:
         need(name in PARTS, f"there is no part {name!r}; the parts are: {', '.join(PARTS)}")
-    for name in names:
-        PARTS[name]()
+    need(config.task == "town", "the samples are turns of the town: give --task town")
+    config.cpu = config.cpu or not torch.cuda.is_available()
+    start = latest_checkpoint(args.start) if args.start else config.model
+    policy = load_policy(start, config) if start else create_policy(config, corpus(config))
+    policy.to("cpu" if config.cpu else "cuda")
+    print(f"{start or 'a new tiny model'}: {policy.model.num_parameters():,} parameters")
+    for name in args.parts or PARTS:
+        PARTS[name](policy, config)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,6 @@ from agent import Observation, Response
 from config import Config
 from policy import LanguageModel, Sample
 
-TRL_BATCH = 8  # samples in a micro-batch of TRL's trainers
-
 
 class Generate:
     """A policy sampled by transformers' generate, with all prompts in one batch.
@@ -44,20 +42,19 @@ def pad(rows: list[list[int]], side: str = "right", value: int = 0) -> tuple:
     return pad_sequence(rows, True, value, side), pad_sequence(masks, True, 0, side)
 
 
-def trl_steps(model, tokenizer, samples: list[Sample], kind: str, config: Config) -> dict:
-    """{label: function that takes a step of TRL's trainer on `samples`}. {} if TRL is missing."""
+def trl_steps(model, tokenizer, batches: list[list[Sample]], kind: str, config: Config) -> dict:
+    """{label: function that takes a step of TRL's trainer on micro-batches}. {} without TRL."""
     try:
         trainer = make_trainer(model, tokenizer, kind, config)
     except ImportError as error:
         print(f"left out: TRL: {error}")
         return {}
-    trainer.current_gradient_accumulation_steps = len(samples) // TRL_BATCH
+    trainer.current_gradient_accumulation_steps = len(batches)
     model = trainer.model
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, betas=(0.9, 0.95), weight_decay=0.0)
-    starts = range(0, len(samples), TRL_BATCH)
     with model.device:
-        num_items = torch.tensor(sum(len(sample.response_ids) for sample in samples))
-        batches = [collate(samples[start : start + TRL_BATCH], kind) for start in starts]
+        num_items = torch.tensor(sum(len(one.response_ids) for batch in batches for one in batch))
+        batches = [collate(batch, kind) for batch in batches]
     if kind == "grpo":
         batches = [batch | {"num_items_in_batch": num_items} for batch in batches]
 
@@ -80,7 +77,6 @@ def make_trainer(model, tokenizer, kind, config):
 
     common = {"output_dir": tempfile.mkdtemp(), "report_to": "none", "use_cpu": config.cpu}
     common |= {"bf16": not config.cpu, "gradient_checkpointing": config.recompute}
-    common |= {"per_device_train_batch_size": TRL_BATCH}
     data = Dataset.from_dict({"prompt": ["Anna"] * 8, "completion": ["Rome"] * 8})
     rest = {"processing_class": tokenizer, "train_dataset": data}
     if kind == "sft":

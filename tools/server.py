@@ -207,7 +207,8 @@ class ServerPolicy:
 
     def messages(self, observation: Observation) -> list[dict]:
         refused = self.endpoint.probe(self.config.max_response_tokens)
-        return conversation(instruction(self.config), render(observation), "system" not in refused)
+        system = self.config.instruction or instruction(self.config)
+        return conversation(system, render(observation), "system" not in refused)
 
     def shorten(self, observation: Observation) -> Observation:
         """The observation as the model sees it, shortened if it is too long."""

@@ -11,7 +11,6 @@ import re
 import shutil
 import signal
 import uuid
-from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -74,7 +73,6 @@ class Run:
         self.folder = Path(resume or config.folder(stage))
         self.step, self.metrics, self.best = 0, {}, None  # best: [held-out EM, step]
         self.tracker_id = uuid.uuid4().hex[:12]  # of the run that --log_with shows
-        self.recent = deque(maxlen=10)  # the main metric of the last steps
         self.stopping = False
         self.checkpoint = latest_checkpoint(resume) if resume else None
         need(not config.endpoint, "--endpoint: a model behind a server cannot be trained")
@@ -192,8 +190,7 @@ class Run:
             file.write(json.dumps(self.metrics) + "\n")
         self.accelerator.log(metrics, step=self.step)
         name = "reward" if "reward" in metrics else "loss"
-        self.recent.append(metrics[name])
-        line = f"{name} {sum(self.recent) / len(self.recent):.3f}  {metrics['seconds']:.2f} s/step"
+        line = f"{name} {metrics[name]:.3f}  {metrics['seconds']:.2f} s/step"
         if "held_out_em" in metrics:
             line += f"  held-out EM {metrics['held_out_em']:.3f}"
         self.bar.set_postfix_str(line)
