@@ -72,7 +72,6 @@ class Config:
     hidden_size: int = setting(128, "tiny model: width")
     layers: int = setting(3, "tiny model: depth")
     heads: int = setting(4, "tiny model: attention heads of 64 dimensions")
-    vocab_size: int = setting(4096, "tiny model on QA text: size of its BPE vocabulary")
     temperature: float = setting(1.0, "sampling temperature in training (paper: 1)")
     sample_rows: int = setting(256, "prompts sampled in one batch")
     # --- training, both stages ----------------------------------------------------------------
@@ -175,17 +174,10 @@ def need(condition: object, message: str):
         raise BadInput(message)
 
 
-# Changes to the defaults. 'qa': a tiny model on a QA file. 'smollm2': a chat model of 135M, on the
-# town or a QA file. 'qwen3': larger chat models (untried). 'paper': the paper's settings, or its
-# released code's where the paper is silent (untried).
+# Changes to the defaults. 'smollm2': a chat model of 135M, on the town or a QA file. Untried are
+# 'qwen3', for larger models, and 'paper': its settings, or its code's where the paper is silent.
 PRESETS = {
     "town": {},
-    "qa": dict(
-        task="hotpotqa", questions=0, documents=50, top_k=6, max_prompt_tokens=1536,
-        max_response_tokens=192, sft_tasks=100, sft_steps=400, sft_batch=32, grpo_steps=20,
-        tasks_per_step=2, group_size=4, grpo_lr=3e-4, sample_rows=64, eval_tasks=50,
-        micro_batch_tokens=4096,
-    ),
     "qwen3": dict(
         model="Qwen/Qwen3-0.6B", questions=0, documents=50, chunk_tokens=2048, top_k=6,
         max_prompt_tokens=8192, max_response_tokens=1024, optimizer="adamw", sft_tasks=400,

@@ -36,7 +36,7 @@ from tasks import Task, held_out_tasks, scoring
 from tasks.demonstrators import Demonstrator, GoldDemonstrator, TownDemonstrator
 from tasks.formats import alias_file
 from training.checkpoint import device_name, latest_checkpoint, step_name
-from training.tiny import corpus, create_policy
+from training.tiny import create_policy
 
 
 # --- what is compared -----------------------------------------------------------------------------
@@ -88,7 +88,7 @@ def open_contestants(config: Config, runs: list, device, gold: bool = False) -> 
     elif config.model and not runs:
         found = [(config.model, load_policy(config.model, config, dtype).to(device))]
     elif gold and not runs:
-        found = [("", create_policy(config, corpus(config)))]  # for its tokenizer
+        found = [("", create_policy(config))]  # for its tokenizer
     need(found, "there is no model to evaluate: run sft.py first, or give --from RUN or --model")
     return [Contestant("demonstrator" if gold else label, model, gold) for label, model in found]
 

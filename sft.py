@@ -1,8 +1,8 @@
 """Supervised fine-tuning: a first policy from demonstrations.
 
     python sft.py                                    the town, a tiny model, on a CPU: runs/town/sft
-    python sft.py --preset qa --task hotpotqa --data hotpot_train.json
-    python sft.py --preset qwen3 --task hotpotqa --data FILE
+    python sft.py --preset smollm2 --name smol       a chat model, on the town
+    python sft.py --preset smollm2 --task hotpotqa --data hotpot_train.json --documents 8
     python sft.py --demonstrations taught.jsonl ...  a teacher's episodes, made by tools/teach.py
 
 1. Demonstrators play training tasks through the agent loop, one block of tasks at a time. In the
@@ -33,7 +33,7 @@ from tasks.demonstrators import curriculum, demonstrate, recorded
 from training import distributed as dist
 from training.checkpoint import Run, starting_model
 from training.optim import clip_and_step, count_bad_steps, lr_factor, make_optimizers, set_lr
-from training.tiny import corpus, create_policy
+from training.tiny import create_policy
 
 # --- samples --------------------------------------------------------------------------------------
 
@@ -135,7 +135,8 @@ def train(run: Run, config: Config, args: Namespace):
     """Run the remaining steps, from the run's newest checkpoint or from the base model."""
     accelerator = run.accelerator
     start = starting_model(run, config, args.start)
-    policy = load_policy(start, config) if start else create_policy(config, corpus(config))
+    need(start or config.task == "town", f"--task {config.task} needs a --model: a chat model")
+    policy = load_policy(start, config) if start else create_policy(config)
     embed = load_embedder(config.embedder, accelerator.device)
     stream = load_tasks(config, "train", policy.count)
     held_out = held_out_tasks(config, "dev", min(100, config.eval_tasks), policy.count)

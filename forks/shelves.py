@@ -1,7 +1,7 @@
 """A new task: where parcels were put. It writes 200 tasks to train on and 50 others to test on.
 
     python -m forks.shelves
-    python sft.py --preset qa --task saved --data shelves-train.jsonl --questions 3 --name shelves
+    python sft.py --preset smollm2 --task saved --data shelves-train.jsonl --name shelves
     python grpo.py --name shelves
     python evaluate.py --name shelves --data shelves-test.jsonl
 

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 import grpo
 from agent import Response
@@ -16,7 +18,7 @@ from config import Config
 from memory import HashedEmbedder
 from tasks import Question, Task
 from tools.server import PROBE
-from training.tiny import corpus, create_policy
+from training.tiny import create_policy, town_texts
 
 torch.set_num_threads(1)  # tiny models are faster so, and a busy machine does not stall them
 ROOT = Path(__file__).parent.parent
@@ -26,6 +28,65 @@ TINY = (
     "--cpu --hidden_size 32 --layers 1 --heads 1 --sft_tasks 24 --sft_steps 4 --sft_batch 16 "
     "--tasks_per_step 2 --group_size 2 --grpo_steps 2 --save_every 1 --eval_tasks 4"
 ).split()
+
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def chat_tokenizer(template=CHATML, vocab_size=600):
+    """A byte-level BPE with the control tokens and the template of Qwen's chat models."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    tokenizer.train_from_iterator(town_texts(), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<|endoftext|>",
+        eos_token="<|im_end|>",
+        extra_special_tokens=["<|im_start|>"],
+        chat_template=template,
+    )
+
+
+QWEN3_TEMPLATE = """{% for m in messages %}<|im_start|>{{ m.role }}
+{{ m.content }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% if enable_thinking is defined and not enable_thinking %}<think>
+
+</think>
+
+{% endif %}{% endif %}"""
+
+
+def save_qwen3(folder):
+    """A small model of Qwen3's kind: chat template, thinking, and <|im_end|> as the end token."""
+    tokenizer = chat_tokenizer(QWEN3_TEMPLATE, vocab_size=2000)
+    sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=1, intermediate_size=64)
+    sizes |= dict(num_key_value_heads=1, head_dim=32, max_position_embeddings=6000)
+    end = tokenizer.eos_token_id
+    model = Qwen3ForCausalLM(Qwen3Config(vocab_size=len(tokenizer), eos_token_id=end, **sizes))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def save_set(tasks, path):
+    """Write tasks in the format of saved sets."""
+    with open(path, "w", encoding="utf-8") as file:
+        for task in tasks:
+            questions = [
+                {"question": one.text, "answers": one.answers, "support": one.support}
+                for one in task.questions
+            ]
+            row = {"id": task.id, "questions": questions, "documents": task.documents}
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 class Scripted:
@@ -87,7 +148,7 @@ def embed():
 def tiny_policy(seed=42, **settings):
     """A very small policy for the town, with random weights."""
     config = Config(hidden_size=32, layers=2, heads=1, seed=seed, **settings)
-    return create_policy(config, corpus(config))
+    return create_policy(config)
 
 
 @pytest.fixture

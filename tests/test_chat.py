@@ -10,7 +10,7 @@ from agent import Observation, instruction, render
 from chat import Chat
 from config import BadInput, Config
 from memory import Entry
-from training.tiny import corpus, train_tokenizer
+from training.tiny import town_texts, train_tokenizer
 
 INSTRUCTION = instruction(Config())
 TURNS = "{% for m in messages %}<|start|>{{ m.role }}\n{{ m.content }}<|end|>\n{% endfor %}"
@@ -51,7 +51,7 @@ def make_tokenizer(template, metaspace=False, thinking=False, **settings):
         if metaspace
         else pre_tokenizers.ByteLevel.alphabet(),
     )
-    tokenizer.train_from_iterator([*corpus(Config()), INSTRUCTION], trainer)
+    tokenizer.train_from_iterator([*town_texts(), INSTRUCTION], trainer)
     if thinking:
         words = ("<think>", "</think>", "\n\n")
         tokenizer.add_tokens([AddedToken(word, normalized=False) for word in words])
@@ -142,7 +142,7 @@ def test_the_date_in_a_prompt_is_fixed():
 
 def test_a_template_may_want_no_instruction():
     """Bug: the tiny model, whose template leaves out the instruction, gets it with the text."""
-    tokenizer = train_tokenizer(corpus(Config()), Config())
+    tokenizer = train_tokenizer(Config())
     [ids] = Chat(tokenizer, INSTRUCTION).encode_prompts(["Anna has a cat"])
     assert tokenizer.decode(ids) == "Anna has a cat <response>"
 

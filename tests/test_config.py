@@ -93,6 +93,20 @@ def test_later_sources_win(parse):
     assert values(f"--preset qwen3 --from {run} --top_k 5") == (5, 64, 0.5, default.layers)
 
 
+def test_an_own_instruction_is_stored_with_the_run(parse, refused):
+    """Bug: the run stores the name of a file that is later changed, moved or deleted."""
+    file = Path("mine.txt")
+    file.write_text(" Remember what matters.\nÜber alles. ", encoding="utf-8")
+    config, _ = parse("--instruction mine.txt")
+    assert config.instruction == "Remember what matters.\nÜber alles."
+    run = write_run("runs/old", instruction=config.instruction)
+    file.unlink()
+    assert parse(f"--from {run}")[0].instruction == config.instruction
+    assert "mine.txt: it cannot be read" in refused("--instruction mine.txt")
+    file.write_text(" ")
+    assert "mine.txt is empty" in refused("--instruction mine.txt")
+
+
 def test_a_flag_switches_off_what_a_run_switched_on(parse):
     """Bug: a saved True cannot be overridden, because the flag takes no value."""
     run = write_run("runs/old", recompute=True)
@@ -150,7 +164,7 @@ def test_resume_changes_nothing_but_the_length(parse, refused):
     assert parse(f"--resume {run} --top_k 3", resume=True)[0].top_k == 3
     message = refused(f"--resume {run} --top_k 5 --seed 8", resume=True)
     assert "another --top_k, --seed" in message
-    for more in ("--preset qa", "--name other", "--overwrite", "--from runs/old"):
+    for more in ("--preset qwen3", "--name other", "--overwrite", "--from runs/old"):
         assert "no --from, --preset, --name" in refused(f"--resume {run} {more}", resume=True)
     assert "--resume" in refused(f"--resume {run}")  # a script that has no --resume
 

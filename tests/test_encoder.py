@@ -10,7 +10,7 @@ from transformers import AutoModel, BertConfig, BertModel, Qwen3Config, Qwen3For
 from config import BadInput, Config
 from memory import load_embedder
 from tools.encoder import INSTRUCTION, TransformerEmbedder
-from training.tiny import corpus, train_tokenizer
+from training.tiny import train_tokenizer
 
 TEXTS = ["Anna lives in Rome", "Ben", "Clara works for David", "Emma has a cat", "Felix"]
 
@@ -26,7 +26,7 @@ def encoder(folder, causal=False, pooling=None, types=("Transformer", "Pooling")
     pooling: the content of 1_Pooling/config.json. None: the folder has no modules.json.
     """
     torch.manual_seed(0)
-    tokenizer = train_tokenizer(corpus(Config()), Config())
+    tokenizer = train_tokenizer(Config())
     sizes = dict(
         vocab_size=len(tokenizer),
         hidden_size=32,

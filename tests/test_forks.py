@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import TINY, Scripted, make_task
+from conftest import TINY, Scripted, make_task, save_qwen3
 
 import agent
 import evaluate
@@ -82,13 +82,16 @@ def test_a_new_task(call):
     call(shelves)
     with pytest.raises(SystemExit, match="shelves-train.jsonl exists"):
         call(shelves)
-    short = [*TINY, "--max_response_tokens", 60, "--eval_tasks", 1, "--save_every", 2]
+    short = [*TINY, "--max_response_tokens", 200, "--eval_tasks", 1, "--save_every", 2]
     data = ["--task", "saved", "--data", "shelves-train.jsonl", "--questions", 3]
-    call(sft, "--preset", "qa", *data, "--name", "shelves", *short)
+    data += ["--max_prompt_tokens", 2000]
+    save_qwen3("base")
+    call(sft, "--model", "base", *data, "--name", "shelves", *short)
     call(grpo, "--name", "shelves", *short)
     test = ["--name", "shelves", "--data", "shelves-test.jsonl", "--cpu"]
     assert "grpo shelves-test.jsonl" in call(evaluate, *test, "--eval_tasks", 1)
-    gold = ["--preset", "qa", "--task", "saved", *test[2:], "--name", "gold", "--gold"]
+    gold = ["--top_k", 6, "--task", "saved", *test[2:], "--name", "gold", "--gold"]
+    gold += ["--max_prompt_tokens", 1000, "--max_response_tokens", 200]
     out = call(evaluate, *gold, "--eval_tasks", 5)
     assert float(re.search(r"shelves-test\.jsonl +([0-9.]+)", out)[1]) > 90
 

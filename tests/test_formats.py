@@ -46,7 +46,8 @@ def write(tmp_path):
 
     def write(content, name="file.json"):
         if isinstance(content, list):
-            content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in content)
+            lines = [json.dumps(row, ensure_ascii="\\ud83d" in str(row)) for row in content]
+            content = "\n".join(lines) + "\n"
         content = content if isinstance(content, bytes) else content.encode()
         (tmp_path / name).write_bytes(content)
         return str(tmp_path / name)
@@ -216,6 +217,8 @@ def test_unanswerable_and_bad_rows_are_skipped(write, capsys, monkeypatch):
         (dict(answer=" "), "its answer is empty"),
         (dict(question=" "), "its question"),
         (dict(question=None), "not in this format"),
+        (dict(question="Who? \ud83d"), "surrogates not allowed"),  # half an emoji
+        (dict(context=[["T", ["A text. \ud83d"]]]), "surrogates not allowed"),
         (dict(context=None), "not in this format"),
         (dict(context="[["), "not in this format"),
         (dict(context=[["T", "a text"]]), "the sentences of 'T' are not a list"),
@@ -251,6 +254,7 @@ BAD_FILES = [
     ('{"train": [], "dev": []}', "hotpotqa", "line 1: it is not in this format"),
     ('{"train": [], "dev": []}', "hotpotqa", "its fields are train, dev"),
     ("{not json", "musique", "line 1 is not JSON"),
+    ("[" * 100_000, "musique", "not readable, or not complete: maximum recursion depth"),
     ('[\n{"question": "Q', "hotpotqa", "line 2 is not JSON, or not complete"),
     (json.dumps(SAVED) + '\n\n{"id"', "saved", "line 3 is not JSON, or not complete"),
     ("id,question\n1,Q", "saved", "line 1 is not JSON"),

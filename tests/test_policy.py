@@ -5,11 +5,11 @@ import random
 import warnings
 from dataclasses import replace
 
+import conftest
 import pytest
 import torch
 from conftest import tiny_policy
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -21,7 +21,6 @@ from transformers import (
     Gemma4ForConditionalGeneration,
     GraniteConfig,
     GraniteForCausalLM,
-    PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3VLConfig,
@@ -38,12 +37,7 @@ from tasks.scoring import exact_match
 from tasks.town import town_task
 from training.distributed import IDLE
 from training.optim import Muon, make_optimizers, micro_batches, set_lr
-from training.tiny import corpus, train_tokenizer
 
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 CAT = Entry(0, "Anna has a cat")
 
 
@@ -89,23 +83,7 @@ def qwen3(tokenizer, config, padding=0, window=None, **settings):
 
 @pytest.fixture(scope="module")
 def chat_tokenizer():
-    """A byte-level BPE with the control tokens and the template of Qwen's chat models."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=600,
-        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )
-    tokenizer.train_from_iterator(corpus(Config()), trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<|endoftext|>",
-        eos_token="<|im_end|>",
-        extra_special_tokens=["<|im_start|>"],
-        chat_template=CHATML,
-    )
+    return conftest.chat_tokenizer()
 
 
 def forward_rows(policy):
@@ -225,16 +203,10 @@ def test_entries_that_do_not_fit_are_left_out_from_the_end(tiny):
 
 
 def test_tags_are_single_tokens(tiny):
-    """Bug: a tag falls apart into letters, which makes a tiny model's responses several times as
-    long, or a QA text does not come back as it was."""
-    qa = Config(task="musique", data="x", vocab_size=300, max_prompt_tokens=1000)
-    bpe = train_tokenizer(["Some text about nothing much."] * 10, qa)
-    for tokenizer in (tiny.tokenizer, bpe):
-        for tag in TAGS["paper"].values():
-            pair = f"<{tag}></{tag}>"
-            assert len(tokenizer(pair, split_special_tokens=True)["input_ids"]) == 2
-    text = "Ünïcode: 漢字,  two spaces <create_memory>x y</create_memory> it 's"
-    assert bpe.decode(bpe(text)["input_ids"]) == text
+    """Bug: a tag falls apart into letters: a tiny model's responses are several times as long."""
+    for tag in TAGS["paper"].values():
+        pair = f"<{tag}></{tag}>"
+        assert len(tiny.tokenizer(pair, split_special_tokens=True)["input_ids"]) == 2
 
 
 def test_demonstrations_read_as_the_model_would_write_them(tiny, config, embed):
@@ -437,6 +409,66 @@ def test_equal_rows_are_scored_once(tiny):
     assert torch.allclose(together[1], entropy, atol=1e-5)
     assert torch.allclose(gradient(together[0]), expected, atol=1e-4)
     assert rows == [1] * 6 + [4]
+
+
+def common_prefix_rows(number):
+    """Samples that begin with the same 40 tokens. Their lengths differ, and two are equal."""
+    rng, samples = random.Random(0), []
+    for length in range(1, number):
+        rest = [rng.randrange(5, 60) for _ in range(length)]
+        samples.append(Sample([*range(5, 45), *rest], rest[::-1] + [rest[0]]))
+    return samples + samples[:1]
+
+
+def scored(policy, samples):
+    """(log-probs, entropies, the gradient of a weighted sum of the log-probs)."""
+    policy.zero_grad()
+    logprobs, entropy = policy(samples)
+    (logprobs * torch.linspace(-1, 2, len(logprobs))).sum().backward()
+    gradient = torch.cat([p.grad.flatten() for p in policy.parameters()])
+    return logprobs.detach(), entropy, gradient
+
+
+@pytest.mark.parametrize("window", [None, 10])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_common_prefix_is_scored_once(tiny, window, recompute):
+    """Bug: the keys and values of the prefix get no gradient, or that of one row alone; the rows
+    after it are at wrong positions; a sliding window or recomputed layers are read wrongly."""
+    policy = qwen3(tiny.tokenizer, Config(recompute=recompute), window=window)
+    samples, rows = common_prefix_rows(6), forward_rows(policy)
+    together = scored(policy, samples)
+    assert rows == ([5] if window or recompute else [1, 5])
+    policy.share_prefix = False
+    for one, other in zip(together, scored(policy, samples)):
+        assert torch.allclose(one, other, atol=1e-5)
+    assert rows[-1] == 5
+    apart = [replace(one, prompt_ids=[n, *one.prompt_ids]) for n, one in enumerate(samples)]
+    policy.share_prefix, rows[:] = True, []
+    policy(apart), policy(samples[:1])  # no common prefix, and one row alone
+    assert rows == [6, 1]
+
+
+@pytest.mark.parametrize("window", [None, 10])
+def test_a_common_prefix_is_read_once_in_sampling(tiny, window):
+    """Bug: other tokens are sampled after a shared prefix, because of the padding that follows it,
+    or the prefix is read with every prompt."""
+    policy = qwen3(tiny.tokenizer, Config(max_response_tokens=12), window=window)
+    prompts = [sample.prompt_ids for sample in common_prefix_rows(6)]
+    rows, results = forward_rows(policy), []
+    for share in (policy.share_prefix, False):
+        policy.share_prefix = share
+        for temperature in (0, 1.0):
+            policy.temperature = temperature
+            results.append(policy.sample(prompts, [random.Random(n) for n in range(6)]))
+    assert rows[:2] == ([5, 6] if window else [1, 5])
+    for shared, alone in zip(results[:2], results[2:]):
+        assert [ids for ids, _ in shared] == [ids for ids, _ in alone]
+        for (_, one), (_, other) in zip(shared, alone):
+            assert one == pytest.approx(other, abs=1e-4)
+    # A prompt that is nothing but the prefix keeps its last token for the second pass.
+    policy.share_prefix, policy.temperature = window is None, 0
+    [(first, _), _] = policy.sample([prompts[0], prompts[0] + [7]], [None, None])
+    assert first == policy.sample(prompts[:1], [None])[0][0]
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0])

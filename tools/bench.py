@@ -34,7 +34,7 @@ from tasks.scoring import exact_match
 from tools.peers import Generate, trl_steps
 from training.checkpoint import latest_checkpoint
 from training.optim import make_optimizers, micro_batches, set_lr
-from training.tiny import corpus, create_policy
+from training.tiny import create_policy
 
 
 def measure(work: Callable) -> tuple[float, float]:
@@ -132,7 +132,7 @@ def main():
     need(config.task == "town", "the samples are turns of the town: give --task town")
     config.cpu = config.cpu or not torch.cuda.is_available()
     start = latest_checkpoint(args.start) if args.start else config.model
-    policy = load_policy(start, config) if start else create_policy(config, corpus(config))
+    policy = load_policy(start, config) if start else create_policy(config)
     policy.to("cpu" if config.cpu else "cuda")
     print(f"{start or 'a new tiny model'}: {policy.model.num_parameters():,} parameters")
     for name in args.parts or PARTS:

@@ -1,11 +1,10 @@
 """The tiny model that learns the built-in task on a CPU: a new Qwen3 and its tokenizer."""
 
 import json
-from collections.abc import Iterable, Iterator
 from itertools import product
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from agent import TAGS
@@ -13,7 +12,6 @@ from chat import NO_INSTRUCTION
 from config import Config
 from policy import LanguageModel
 from tasks import town
-from tasks.formats import read_rows
 
 PAD, END, RESPONSE = "<pad>", "<end>", "<response>"
 # The tiny model learns its task from examples, so its template leaves out the instruction.
@@ -24,8 +22,8 @@ TINY_TEMPLATE = (
 )
 
 
-def create_policy(config: Config, texts: Iterable[str]) -> LanguageModel:
-    """A new tiny Qwen3 with random weights, and a tokenizer made from `texts`.
+def create_policy(config: Config) -> LanguageModel:
+    """A new tiny Qwen3 with random weights, and a tokenizer of the town's words.
 
     These choices help a small model learn. Heads have 64 dimensions, because QK-norm limits how
     sharply smaller ones attend. One key-value head learns as well as four and costs a quarter less.
@@ -33,7 +31,7 @@ def create_policy(config: Config, texts: Iterable[str]) -> LanguageModel:
     thousands. Embeddings have variance 1 and are not tied to the head. Otherwise all names start
     almost equal and share most of their gradients, so the model learns late to tell them apart.
     """
-    tokenizer = train_tokenizer(texts, config)
+    tokenizer = train_tokenizer(config)
     torch.manual_seed(config.seed)
     qwen3 = Qwen3Config(
         vocab_size=len(tokenizer),
@@ -56,27 +54,15 @@ def create_policy(config: Config, texts: Iterable[str]) -> LanguageModel:
     return LanguageModel(model, tokenizer, config)
 
 
-def train_tokenizer(texts: Iterable[str], config: Config) -> PreTrainedTokenizerFast:
-    """The tiny model's tokenizer: the words of the town, or a byte-level BPE for other texts.
-
-    The tags of the dialect are single tokens.
-    """
+def train_tokenizer(config: Config) -> PreTrainedTokenizerFast:
+    """The town's words. The tags of the dialect are single tokens."""
     control = [PAD, END, RESPONSE]
     tags = [f"<{slash}{tag}>" for tag in TAGS[config.dialect].values() for slash in ("", "/")]
-    if config.task == "town":
-        tokenizer = Tokenizer(models.WordLevel(unk_token=PAD))
-        split = [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()]
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(split)
-        trainer = trainers.WordLevelTrainer(special_tokens=control + tags)
-    else:
-        tokenizer = Tokenizer(models.BPE())
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        tokenizer.decoder = decoders.ByteLevel()
-        alphabet = pre_tokenizers.ByteLevel.alphabet()
-        trainer = trainers.BpeTrainer(
-            vocab_size=config.vocab_size, special_tokens=control + tags, initial_alphabet=alphabet
-        )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer = Tokenizer(models.WordLevel(unk_token=PAD))
+    split = [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(split)
+    trainer = trainers.WordLevelTrainer(special_tokens=control + tags)
+    tokenizer.train_from_iterator(town_texts(), trainer)
     state = json.loads(tokenizer.to_str())
     for token in state["added_tokens"]:  # a tag is one token, but a response may write it
         token["special"] = token["content"] in control
@@ -89,20 +75,8 @@ def train_tokenizer(texts: Iterable[str], config: Config) -> PreTrainedTokenizer
     )
 
 
-def corpus(config: Config) -> Iterator[str]:
-    """Texts to train the tokenizer on: of at most about 2000 rows, spread over the data file."""
-    if config.task == "town":
-        yield from town_texts()
-        return
-    rows = read_rows(config.data, config.task)
-    for row in rows[:: max(1, len(rows) // 2000)]:
-        for question in row.questions:
-            yield from (question.text, *question.answers)
-        yield from row.documents
-
-
 def town_texts() -> list[str]:
-    """Texts with every word of the town's prompts: the word-level tokenizer's vocabulary."""
+    """Texts with every word of the town's prompts, for the tokenizer."""
     found = ["none", town.sentence("pet", town.NAMES[0], None) + "."]
     found += ["Questions: Question: Scratchpad: Query: Text: #", *map(str, range(100))]
     for kind, name in product(town.SENTENCES, town.NAMES):
