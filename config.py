@@ -15,7 +15,6 @@ from argparse import ArgumentParser, Namespace
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from safetensors import SafetensorError
 from transformers import HfArgumentParser
 
 # A task is built from several rows of a file, or it is one row.
@@ -26,10 +25,6 @@ TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio", "swanlab", "comet_ml", 
 OPERATIONS = ("create", "read", "update", "delete", "scratchpad")
 # Settings that may change when a run is resumed: its length, its logging and its device.
 MAY_CHANGE = ("sft_steps", "grpo_steps", "save_every", "log_with", "cpu")
-
-
-# What transformers raises if a model's folder, or its repository, cannot be loaded.
-LOAD_ERRORS = (OSError, ValueError, ImportError, KeyError, SafetensorError)
 
 
 class BadInput(SystemExit, ValueError):
@@ -278,10 +273,7 @@ def load_settings(run: str | Path) -> tuple[str, dict]:
     try:
         values = json.loads(path.read_text())
         stage = values.pop("stage")
-        known = dataclasses.asdict(Config())
-        for name, value in values.items():  # a fork may have set a float to an int
-            values[name] = float(value) if type(known.get(name)) is float else value
-        wrong = [name for name, value in values.items() if type(value) is not type(known.get(name))]
+        wrong = sorted(set(values) - {one.name for one in dataclasses.fields(Config)})
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise BadInput(f"{run} is not a run folder such as runs/town/sft: {error!r}") from error
     need(not wrong, f"{path} has settings that this version does not know: {', '.join(wrong)}")

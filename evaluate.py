@@ -165,20 +165,15 @@ BASELINES = {
 
 
 def play(name, contestant: Contestant, how: Variant, config: Config, tasks, embed) -> list[Episode]:
-    """One episode per task. If that takes over a minute, it prints an estimate after one turn."""
+    """One episode per task. A bar shows the time left, if it takes longer than ten seconds."""
     tasks, config = [how.change(task) for task in tasks], how.settings(config)
     policy = how.player(contestant, tasks, config)
     turns = sum(len(task.questions) + len(task.chunks) for task in tasks)
-    started = time.perf_counter()
+    with tqdm(total=turns, desc=name, unit="turn", leave=False, delay=10, mininterval=10) as bar:
 
-    def progress(episodes):
-        bar.update(sum(episode.done for episode in episodes) - bar.n)
-        played = sum(len(episode.turns) for episode in episodes)
-        minutes = (time.perf_counter() - started) * turns / played / 60
-        if played == len(episodes) and minutes > 1:
-            tqdm.write(f"{name}: {turns} turns or more, about {minutes:.0f} minutes")
+        def progress(episodes):
+            bar.update(sum(episode.position for episode in episodes) - bar.n)
 
-    with tqdm(total=len(tasks), desc=name, disable=None, unit="episode", leave=False) as bar:
         score = scoring.score_function(config)
         return run_episodes(tasks, policy, config, embed, score, progress=progress)
 
@@ -336,8 +331,6 @@ def main():
                 rows[-1] |= compare(complete, episodes)
             out.write_text(json.dumps(rows, indent=1) + "\n")  # the next row may take hours
     print(table(rows))
-    if judge and judge.unclear:
-        print(f"{judge.unclear} verdicts of the judge were neither yes nor no. They count as no")
     if config.task == "2wikimultihopqa" and not Path(alias_file(config.data)).exists():
         print(f"without {alias_file(config.data)} no aliases count; the official scorer uses them")
     print(f"saved as {out}")

@@ -237,8 +237,7 @@ def main():
     config, args = parse_args("GRPO from an SFT policy.", resume=True, default_runs=("sft",))
     run = Run(config, "grpo", args.resume)
     train(run, config, args)
-    then = f"python evaluate.py --name {config.name}"
-    run.finish(config.grpo_steps, then if config.task == "town" else f"{then} --data DEV_FILE")
+    run.finish(config.grpo_steps, f"python evaluate.py --name {config.name}")
 
 
 if __name__ == "__main__":

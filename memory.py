@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from config import LOAD_ERRORS, BadInput
+from config import BadInput
 
 Embedder = Callable[..., np.ndarray]  # embed(texts, query=False) -> (B, d) float32, unit length
 
@@ -143,5 +143,5 @@ def load_embedder(name: str, device="cpu") -> Embedder:
 
     try:
         return TransformerEmbedder(name, device)
-    except LOAD_ERRORS as error:
+    except Exception as error:  # transformers raises errors of many kinds
         raise BadInput(f"--embedder {name} cannot be loaded: {error}") from error

@@ -25,7 +25,7 @@ from transformers.utils import logging
 
 from agent import Observation, Response, instruction, render
 from chat import Chat, fit
-from config import LOAD_ERRORS, BadInput, Config, need
+from config import BadInput, Config, need
 
 LOGIT_SLICE = 2**24  # most logits in memory at once while tokens are scored
 SHORT_PREFIX = 16  # fewer common tokens than this are not worth a pass of their own
@@ -243,13 +243,11 @@ class LanguageModel(torch.nn.Module):
         return torch.cat([logprobs[i] for i in which]), torch.cat([entropy[i] for i in which])
 
     def score_tokens(self, hidden: torch.Tensor, targets: torch.Tensor) -> tuple:
-        """Log-probs (n,), entropies (n,), in slices: the logits (n, V) are never all in memory."""
+        """Log-probs (n,), entropies (n,), in slices that the backward pass computes again: the
+        logits (n, V) are never all in memory."""
         size = max(1, LOGIT_SLICE // self.known_ids)
         parts = zip(hidden.split(size), targets.split(size))
-        if len(hidden) > size:
-            scored = [checkpoint(self.score_slice, *part, use_reentrant=False) for part in parts]
-        else:
-            scored = [self.score_slice(*part) for part in parts]
+        scored = [checkpoint(self.score_slice, *part, use_reentrant=False) for part in parts]
         logprobs, entropies = zip(*scored)
         return torch.cat(logprobs), torch.cat(entropies)
 
@@ -308,7 +306,7 @@ def load_policy(name: str | Path, config: Config, dtype=torch.float32) -> Langua
         auto = auto_class(AutoConfig.from_pretrained(name))
         model, info = auto.from_pretrained(name, dtype=dtype, output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(name)
-    except LOAD_ERRORS as error:
+    except Exception as error:  # errors of many kinds
         missing = "" if Path(name).exists() else "there is no such folder, and "
         reason = " ".join(str(error).split())
         raise BadInput(f"{name}: {missing}transformers cannot load it: {reason}") from error

@@ -1,5 +1,3 @@
-import json
-
 import pytest
 from conftest import Scripted
 
@@ -76,31 +74,25 @@ def test_a_saved_memory_is_not_misused(read, embed):
 
 
 def test_lines_of_long_and_short_texts(tmp_path, capsys, embed):
-    """Bug: a JSONL row of several lines, or a line longer than a chunk, shifts all later lines."""
-    file = tmp_path / "notes.jsonl"
-    rows = [{"text": "one two\nthree"}, "four five six seven eight", "nine"]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    """Bug: a line longer than a chunk, or an empty one, shifts all later lines."""
+    file = tmp_path / "notes.txt"
+    file.write_text("one two\nthree\n\nfour five six seven eight\nnine")
     script = [f"<create_memory>Anna {number}</create_memory>" for number in (1, 2, 3)]
     script += ["<read_memory>Anna</read_memory>", "<answer>x</answer>"]
     answer_questions([WHERE], file, None, Reader(script), embed, settings(4))
     out = capsys.readouterr().out
-    for number, lines in ((1, "line 1"), (2, "line 2"), (3, "lines 2-3")):
+    for number, lines in ((1, "lines 1-3"), (2, "line 4"), (3, "lines 4-5")):
         assert f"Anna {number}    (chunk {number}, {lines} of" in out
 
 
 def test_lines_are_those_of_an_editor(tmp_path):
-    """Bug: a form feed or a line separator in the text ends a line, or cuts a JSONL row in two."""
+    """Bug: a form feed or a line separator in the text ends a line."""
 
     def four(texts):
         return [4 for _ in texts]
 
     (tmp_path / "a.txt").write_text("one\x0cone\ntwo\u2028two\nthree", encoding="utf-8")
     _, lines = read_chunks(tmp_path / "a.txt", settings(4), four)
-    assert lines == ["line 1", "line 2", "line 3"]
-    rows = json.dumps("one\u2028one", ensure_ascii=False) + "\n\n" + json.dumps("three") + "\n"
-    (tmp_path / "a.jsonl").write_text(rows, encoding="utf-8")
-    chunks, lines = read_chunks(tmp_path / "a.jsonl", settings(4), four)
-    assert chunks == ("one\u2028one\n", "\n", "three\n")
     assert lines == ["line 1", "line 2", "line 3"]
 
 
@@ -117,8 +109,6 @@ def test_a_memory_that_cannot_be_written(tmp_path, embed, config):
     [
         ("none.txt", None),
         ("a.txt", b" \n"),
-        ("a.jsonl", b"{}\n"),
-        ("a.jsonl", b"no json\n"),
         ("a.txt", b"\xff\xfe"),
     ],
 )

@@ -201,7 +201,6 @@ def test_saved_settings_come_back(tmp_path, monkeypatch):
     "text, complaint",
     [
         ('{"stage": "sft", "brightness": 3}', "does not know: brightness"),
-        ('{"stage": "sft", "top_k": "3"}', "does not know: top_k"),
         ('{"top_k": 3}', "not a run folder"),
         ("[1]", "not a run folder"),
         ("{", "not a run folder"),

@@ -378,8 +378,8 @@ def test_the_judge(serve, config):
     ]
     server = serve(reply)
     judge = Judge(config, "judge", server.url)
-    assert judge(episodes[:1]) == 1 and judge.unclear == 0
-    assert judge(episodes) == 2 and judge.unclear == 1
+    assert judge(episodes[:1]) == 1
+    assert judge(episodes) == 2
     assert len(server.seen) == 4 and len(server.probes) == 1
     server.status = 404
     with pytest.raises(BadInput, match="HTTP 404"):

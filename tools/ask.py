@@ -3,16 +3,13 @@
     python -m tools.ask "Where does Anna live?" "Who is Ben?" --file notes.txt --memory notes.memory
     python -m tools.ask "What is Anna's job?" --memory notes.memory         without reading again
 
-The run of --from or --name answers. A .jsonl file is read as one text per line: a string, or an
-object with a "text". Each answer is printed with the entries that were shown when it was given,
-and the lines of the file that they come from.
+The run of --from or --name answers. Each answer is printed with the entries that were shown when it
+was given, and the lines of the file that they come from.
 """
 
-import bisect
 import json
 import random
 import re
-from itertools import accumulate, pairwise
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -82,23 +79,19 @@ def answer_text(shown: Observation, answer: str | None, origins: dict[str, str])
 def read_chunks(path: Path, config: Config, count: Count) -> tuple[tuple[str, ...], list[str]]:
     """(chunks, the lines that each one comes from, such as "lines 1-20")."""
     need(path.is_file(), f"--file {path}: there is no such file")
-    try:  # split at "\n" alone: a text may hold other line separators
-        pieces = re.findall(r"[^\n]*\n|[^\n]+", path.read_text(encoding="utf-8"))
-        if path.suffix == ".jsonl":
-            rows = [json.loads(piece) if piece.strip() else "" for piece in pieces]
-            pieces = [(row if isinstance(row, str) else row["text"]) + "\n" for row in rows]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        kind = path.suffix or "text"
-        raise BadInput(f"--file {path} cannot be read as {kind}: {error!r}") from error
-    need("".join(pieces).strip(), f"--file {path}: there is no text in it")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise BadInput(f"--file {path} cannot be read as text: {error}") from error
+    need(text.strip(), f"--file {path}: there is no text in it")
+    pieces = re.findall(r"[^\n]*\n|[^\n]+", text)  # other line separators are text
     # The town's model was trained on chunks of two sentences, of at most seven tokens each.
     chunks = split_chunks(pieces, 14 if config.task == "town" else config.chunk_tokens, count)
-    ends = list(accumulate(map(len, pieces)))  # the character after each line
-    borders = [0, *accumulate(map(len, chunks))]
-    lines = []
-    for start, end in pairwise(borders):
-        first, last = bisect.bisect_right(ends, start) + 1, bisect.bisect_left(ends, end) + 1
+    lines, first = [], 1
+    for chunk in chunks:
+        last = first + chunk.removesuffix("\n").count("\n")
         lines.append(f"line {first}" if first == last else f"lines {first}-{last}")
+        first += chunk.count("\n")
     return chunks, lines
 
 
@@ -123,7 +116,7 @@ def load_memory(path: str, config: Config, embed: Embedder) -> tuple[Memory, dic
 
 FLAGS = [
     ("question", dict(nargs="+", metavar="QUESTION", help="questions about the text")),
-    ("--file", dict(help="the text to read: .txt, .md, .jsonl")),
+    ("--file", dict(help="the text to read, in UTF-8")),
     ("--memory", dict(metavar="FILE", help="save the memory here; without --file: load it")),
 ]
 

@@ -37,28 +37,26 @@ from training.optim import make_optimizers, micro_batches, set_lr
 from training.tiny import create_policy
 
 
-def measure(work: Callable) -> tuple[float, float]:
-    """(seconds, GB): the time of work(), and its peak memory above the memory before it.
+def gigabytes(field: str) -> float:
+    """VmRSS, the memory of this process, or VmHWM, its peak. 0 where Linux does not tell it."""
+    status = Path("/proc/self/status")
+    return float(status.read_text().split(field)[1].split()[1]) / 1e6 if status.exists() else 0.0
 
-    The memory of a CPU is read where Linux tells it, else it is 0.
-    """
-    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-    on_gpu, before = torch.cuda.is_available(), 0.0
+
+def measure(work: Callable) -> tuple[float, float]:
+    """(seconds, GB): the time of work(), and its peak memory above the memory before it."""
+    on_gpu, reset = torch.cuda.is_available(), Path("/proc/self/clear_refs")
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated() / 1e9
     elif reset.exists():
         reset.write_text("5")  # the peak is counted from here
-        before = float(status.read_text().split("VmRSS:")[1].split()[0]) / 1e6
+    before = torch.cuda.memory_allocated() / 1e9 if on_gpu else gigabytes("VmRSS")
     started = time.perf_counter()
     work()
     if on_gpu:
         torch.cuda.synchronize()
-    seconds, peak = time.perf_counter() - started, before
-    if on_gpu:
-        peak = torch.cuda.max_memory_allocated() / 1e9
-    elif reset.exists():
-        peak = float(status.read_text().split("VmHWM:")[1].split()[0]) / 1e6
+    seconds = time.perf_counter() - started
+    peak = torch.cuda.max_memory_allocated() / 1e9 if on_gpu else gigabytes("VmHWM")
     return seconds, peak - before
 
 

@@ -231,17 +231,14 @@ class Judge:
         url = url or config.endpoint
         need(url, "--judge needs the URL of a server: --judge_endpoint, or --endpoint")
         self.endpoint = Endpoint(url, model, f"runs/{config.name}/verdicts.jsonl", config.in_flight)
-        self.unclear = 0  # verdicts that were neither yes nor no; they count as no
         self.verdicts([])  # fails here, before long work, if the server was never reached
 
     def __call__(self, episodes: list[Episode]) -> int:
-        """How many answers in these episodes are right."""
+        """How many answers in these episodes are right. A verdict that is not "yes" counts as no."""
         given = [pair for episode in episodes for pair in answered(episode)]
         fill = self.QUESTION.format
         prompts = [fill(question=q.text, gold=" / ".join(q.answers), answer=a) for a, q in given]
-        words = self.verdicts(prompts)
-        self.unclear += sum(word not in ("yes", "no") for word in words)
-        return words.count("yes")
+        return self.verdicts(prompts).count("yes")
 
     def verdicts(self, prompts: list[str]) -> list[str]:
         """The first word of the reply to each prompt, in lower case; "" if there is none."""
