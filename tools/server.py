@@ -234,7 +234,7 @@ class Judge:
         self.verdicts([])  # fails here, before long work, if the server was never reached
 
     def __call__(self, episodes: list[Episode]) -> int:
-        """How many answers in these episodes are right. A verdict that is not "yes" counts as no."""
+        """How many answers in these episodes are right. Any verdict but "yes" counts as no."""
         given = [pair for episode in episodes for pair in answered(episode)]
         fill = self.QUESTION.format
         prompts = [fill(question=q.text, gold=" / ".join(q.answers), answer=a) for a, q in given]
