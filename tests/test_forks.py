@@ -7,14 +7,18 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import TINY, Scripted, make_task, save_qwen3
+from transformers import AutoModelForCausalLM
 
 import agent
 import evaluate
 import grpo
 import sft
+from config import Config
 from memory import Memory
 from tasks import scoring
+from training import distributed
 
 
 @pytest.fixture
@@ -109,3 +113,30 @@ def test_a_new_reward(call, monkeypatch):
     call(grpo, "--from", "runs/town/sft", "--name", "frugal", *TINY)
     line = last_line("runs/frugal/grpo")
     assert line["reward"] == pytest.approx(1 - 0.02 * line["entries"])
+
+
+def test_adapters_are_trained(call, monkeypatch):
+    """Bug: all weights are trained, or the adapters are not; a checkpoint loses them, or cannot be
+    resumed, or transformers cannot open it."""
+    pytest.importorskip("peft")
+    # The version that transformers asks for may be newer than the newest one that is published.
+    monkeypatch.setattr("transformers.integrations.peft.check_peft_version", lambda **_: None)
+    monkeypatch.setattr(distributed, "make_rollout_model", distributed.make_rollout_model)
+    for module in (sft, grpo, evaluate):
+        monkeypatch.setattr(module, "load_policy", module.load_policy)
+    load("lora")
+    save_qwen3("base")
+    call(sft, *TINY, "--model", "base", "--max_prompt_tokens", 2000, "--optimizer", "adamw")
+    [*_, newest] = sorted(Path("runs/town/sft").glob("step-*"))
+    base, tuned = map(AutoModelForCausalLM.from_pretrained, ("base", newest))
+    ids, weights = torch.arange(8)[None], dict(tuned.named_parameters())
+    assert not torch.allclose(base(ids).logits, tuned(ids).logits, atol=1e-4)
+    for name, weight in base.named_parameters():
+        inner = name.replace(".weight", ".base_layer.weight")
+        assert torch.equal(weight, weights[inner if inner in weights else name])
+    assert sum(file.stat().st_size for file in newest.glob("*.safetensors")) < 100_000
+    policy = sft.load_policy(newest, Config(max_prompt_tokens=2000))
+    assert torch.equal(policy.model(ids).logits, tuned(ids).logits)
+    call(sft, "--resume", "runs/town/sft", "--sft_steps", 5)
+    call(grpo, *TINY, "--max_response_tokens", 100)
+    assert "grpo 1x" in call(evaluate, "--eval_tasks", 1, "--sweep", "length=1", "--cpu")

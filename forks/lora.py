@@ -1,0 +1,48 @@
+"""LoRA: train small adapters (pip install peft) instead of all weights. Any script, any chat model:
+
+    python -m forks.lora sft --preset smollm2 --name lora
+    python -m forks.lora grpo --name lora
+    python -m forks.lora evaluate --name lora
+
+A checkpoint holds the adapters, and from_pretrained opens it together with the base model, which
+must stay where it was. Rollouts use the same weights. Adapters want about ten times the learning
+rate of full training. One process only.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import evaluate
+import grpo
+import policy
+import sft
+from config import need
+from training import distributed
+
+RANK, ALPHA = 16, 32
+load_all = policy.load_policy
+
+
+def load_policy(name, config, *dtype):
+    """policy.load_policy, with adapters. Nothing but the adapters is trained."""
+    from peft import LoraConfig  # here, so that the tests run without it
+
+    saved = Path(name) / "adapter_config.json"  # in a checkpoint
+    base = json.loads(saved.read_text())["base_model_name_or_path"] if saved.exists() else name
+    loaded = load_all(base, config, *dtype)
+    if saved.exists():
+        loaded.model.load_adapter(str(name))
+    else:
+        loaded.model.add_adapter(LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear"))
+    for key, parameter in loaded.model.named_parameters():
+        parameter.requires_grad = "lora_" in key
+    return loaded
+
+
+sft.load_policy = grpo.load_policy = evaluate.load_policy = load_policy
+distributed.make_rollout_model = lambda trained, accelerator: trained
+
+if __name__ == "__main__":
+    need(len(sys.argv) > 1, "say which script: sft, grpo or evaluate")
+    {"sft": sft, "grpo": grpo, "evaluate": evaluate}[sys.argv.pop(1)].main()
