@@ -1,4 +1,4 @@
-"""A real chat model from end to end: ATOMMEM_MODEL=FOLDER pytest -m slow tests/test_pretrained.py"""
+"""A real chat model: ATOMMEM_MODEL=FOLDER pytest -m slow tests/test_pretrained.py"""
 
 import json
 import os
