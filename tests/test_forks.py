@@ -91,7 +91,7 @@ def test_a_new_task(call):
     data += ["--max_prompt_tokens", 2000]
     save_qwen3("base")
     call(sft, "--model", "base", *data, "--name", "shelves", *short)
-    call(grpo, "--name", "shelves", *short)
+    call(grpo, "--name", "shelves", *short, "--max_response_tokens", 20)
     test = ["--name", "shelves", "--data", "shelves-test.jsonl", "--cpu"]
     assert "grpo shelves-test.jsonl" in call(evaluate, *test, "--eval_tasks", 1)
     gold = ["--top_k", 6, "--task", "saved", *test[2:], "--name", "gold", "--gold"]
@@ -126,7 +126,8 @@ def test_adapters_are_trained(call, monkeypatch):
         monkeypatch.setattr(module, "load_policy", module.load_policy)
     load("lora")
     save_qwen3("base")
-    call(sft, *TINY, "--model", "base", "--max_prompt_tokens", 2000, "--optimizer", "adamw")
+    short = [*TINY, "--max_prompt_tokens", 2000, "--sft_batch", 4, "--eval_tasks", 1]
+    call(sft, *short, "--model", "base", "--optimizer", "adamw")
     [*_, newest] = sorted(Path("runs/town/sft").glob("step-*"))
     base, tuned = map(AutoModelForCausalLM.from_pretrained, ("base", newest))
     ids, weights = torch.arange(8)[None], dict(tuned.named_parameters())
@@ -138,5 +139,5 @@ def test_adapters_are_trained(call, monkeypatch):
     policy = sft.load_policy(newest, Config(max_prompt_tokens=2000))
     assert torch.equal(policy.model(ids).logits, tuned(ids).logits)
     call(sft, "--resume", "runs/town/sft", "--sft_steps", 5)
-    call(grpo, *TINY, "--max_response_tokens", 100)
+    call(grpo, *short, "--max_response_tokens", 40)
     assert "grpo 1x" in call(evaluate, "--eval_tasks", 1, "--sweep", "length=1", "--cpu")

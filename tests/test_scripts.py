@@ -98,9 +98,9 @@ def test_the_town_from_end_to_end(call):
 def test_a_qa_file_from_end_to_end(call):
     """Bug: the QA path works in parts, but not from the command line."""
     save_qwen3("base")
-    short = [*TINY, "--eval_tasks", 2, "--save_every", 2]
+    short = [*TINY, "--eval_tasks", 1, "--save_every", 2]
     call("sft", *QA, *short, "--model", "base")
-    out = call("grpo", "--name", "hotpotqa", *short)
+    out = call("grpo", "--name", "hotpotqa", *short, "--max_response_tokens", 20)
     assert "next: python evaluate.py --name hotpotqa" in out
     check_runs("hotpotqa")
     with pytest.raises(SystemExit, match="was trained on"):
