@@ -28,7 +28,7 @@ from chat import Chat, fit
 from config import BadInput, Config, need
 
 LOGIT_SLICE = 2**24  # most logits in memory at once while tokens are scored
-SHORT_PREFIX = 16  # fewer common tokens than this are not worth a pass of their own
+SHORT_PREFIX = 64  # fewer common tokens than this are not worth a pass of their own
 logging.disable_progress_bar()  # transformers would show one for every checkpoint
 
 

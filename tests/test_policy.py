@@ -412,11 +412,11 @@ def test_equal_rows_are_scored_once(tiny):
 
 
 def common_prefix_rows(number):
-    """Samples that begin with the same 40 tokens. Their lengths differ, and two are equal."""
+    """Samples that begin with the same 80 tokens. Their lengths differ, and two are equal."""
     rng, samples = random.Random(0), []
     for length in range(1, number):
         rest = [rng.randrange(5, 60) for _ in range(length)]
-        samples.append(Sample([*range(5, 45), *rest], rest[::-1] + [rest[0]]))
+        samples.append(Sample([*range(5, 85), *rest], rest[::-1] + [rest[0]]))
     return samples + samples[:1]
 
 
