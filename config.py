@@ -41,7 +41,7 @@ def setting(default: object, help: str):
 @dataclass
 class Config:
     # --- the task -----------------------------------------------------------------------------
-    task: str = setting("town", f"one of: {', '.join(TASKS)}; saved: a set made by python -m tasks")
+    task: str = setting("town", f"one of: {', '.join(TASKS)}; saved: your own questions")
     data: str = setting("", "data file in that format, or a hub's NAME:CONFIG:SPLIT; town: none")
     questions: int = setting(2, "questions per task; 0: 1 to 10 at random (paper); town: at most 4")
     length: int = setting(1, "town: story length, in multiples of the training length")
