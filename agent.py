@@ -122,9 +122,9 @@ class Policy(Protocol):
 # --- prompts --------------------------------------------------------------------------------------
 USAGE = {
     "create": "<{tag}>fact</{tag}> adds an entry",
-    "read": "<{tag}>query</{tag}> shows entries like it next turn",
+    "read": "<{tag}>query</{tag}> shows similar entries from now on",
     "update": "<{tag}>{number}: text</{tag}> replaces entry #2",
-    "delete": "<{tag}>{number}</{tag}> removes it",
+    "delete": "<{tag}>{number}</{tag}> removes entry #2",
     "scratchpad": "<{tag}>note</{tag}> rewrites your notes, always shown",
     "answer": "<{tag}>{answer}</{tag}> answers the Question briefly",
 }
@@ -140,7 +140,7 @@ def instruction(config: Config) -> str:
         return f"You are asked a question, with or without a text. Write only this:\n{usage[0]}"
     return (
         "You read a text in parts, then answer questions from memory. Store what they need. "
-        "Write any of these:\n" + "\n".join(usage)
+        "You may write:\n" + "\n".join(usage)
     )
 
 

@@ -169,12 +169,12 @@ def play(name, contestant: Contestant, how: Variant, config: Config, tasks, embe
     tasks, config = [how.change(task) for task in tasks], how.settings(config)
     policy = how.player(contestant, tasks, config)
     turns = sum(len(task.questions) + len(task.chunks) for task in tasks)
+    score = scoring.score_function(config)
     with tqdm(total=turns, desc=name, unit="turn", leave=False, delay=10, mininterval=10) as bar:
 
         def progress(episodes):
             bar.update(sum(episode.position for episode in episodes) - bar.n)
 
-        score = scoring.score_function(config)
         return run_episodes(tasks, policy, config, embed, score, progress=progress)
 
 
@@ -203,7 +203,7 @@ def measure(label: str, episodes: list[Episode], seconds: float, judge=None) -> 
     }
     scores = {"em": sum(right), "f1": 0.0, "released": 0.0}
     for episode in episodes:
-        # MuSiQue has no yes-no rule. In a saved set, the task id tells the data set.
+        # MuSiQue has no yes-no rule.
         yes_no = not episode.task.id.startswith("musique")
         for pair in scoring.answered(episode):
             scores["f1"] += scoring.f1(*pair, yes_no=yes_no)
@@ -270,13 +270,21 @@ def row_label(label: str, config: Config, change: dict, variant: str = "") -> st
     return " ".join(filter(None, [label, size, *swept, variant]))
 
 
+def check_new_file(flag: str, path: str | Path, overwrite: bool):
+    """Raises BadInput if the file given by `flag` has no folder, or may not be overwritten."""
+    path = Path(path)
+    need(path.absolute().parent.is_dir(), f"{flag} {path}: there is no folder {path.parent}")
+    need(overwrite or not path.exists(), f"{flag} {path} exists: replace it with --overwrite")
+
+
 def new_file(config: Config, parts: list[str]) -> Path:
     """The file to save the rows in: a new name in runs/NAME."""
-    folder, stem = Path("runs") / config.name, "-".join(["evaluation", *parts]).replace("/", "_")
-    folder.mkdir(parents=True, exist_ok=True)
-    names = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
-    paths = (folder / f"{name}.json" for name in names)
-    return next(path for path in paths if not path.exists())
+    stem, number = "-".join(["evaluation", *parts]).replace("/", "_"), itertools.count(2)
+    path = Path("runs") / config.name / f"{stem}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while path.exists():
+        path = path.with_name(f"{stem}-{next(number)}.json")
+    return path
 
 
 RUN_FLAGS = [

@@ -1,7 +1,7 @@
 """The language model: load it, sample responses, score tokens, save it.
 
-Letters: B rows, U unique rows, P longest prompt, T longest prompt + response, N response tokens of
-all rows, n of the unique rows, D width, V vocabulary.
+Letters: B rows, U unique rows, P longest prompt, T longest prompt + response (P and T without a
+shared prefix), N response tokens of all rows, n of the unique rows, D width, V vocabulary.
 """
 
 import os
@@ -28,7 +28,7 @@ from chat import Chat, fit
 from config import BadInput, Config, need
 
 LOGIT_SLICE = 2**24  # most logits in memory at once while tokens are scored
-SHORT_PREFIX = 64  # fewer common tokens than this are not worth a pass of their own
+SHORT_PREFIX = 64  # fewer common tokens are not worth a pass of their own
 logging.disable_progress_bar()  # transformers would show one for every checkpoint
 
 
@@ -61,9 +61,9 @@ class LanguageModel(torch.nn.Module):
         self.temperature = config.temperature if temperature is None else temperature
         if config.recompute and not model.is_activation_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
-        # Recomputed layers take no cache. Sliding windows count the padding after a prefix.
-        sliding = any(DynamicCache(config=model.config).is_sliding)
-        self.share_prefix = not (config.recompute or sliding)
+        # Recomputed layers cannot use a cache. The other models count the padding after a prefix.
+        unsuited = config.recompute or model.config.model_type in ("mpt", "gpt_neo")
+        self.share_prefix = not (unsuited or any(DynamicCache(config=model.config).is_sliding))
         self.chat = Chat(tokenizer, config.instruction or instruction(config))
         ends = model.generation_config.eos_token_id or []  # a chat model often has two
         self.end_ids = {self.chat.end_id, *(ends if isinstance(ends, list) else [ends])}
@@ -134,8 +134,8 @@ class LanguageModel(torch.nn.Module):
         unique, which = unique_rows(map(tuple, prompts))
         cache, shared = self.read_prefix(unique, max_tokens=min(map(len, unique)) - 1)
         rest = [row[shared:] for row in unique]
-        longest = max(map(len, rest))
-        ids = torch.tensor([[0] * (longest - len(row)) + list(row) for row in rest])
+        longest = max(map(len, rest))  # P
+        ids = torch.tensor([[0] * (longest - len(row)) + list(row) for row in rest])  # (U, P)
         mask = [[1] * shared + [0] * (longest - len(row)) + [1] * len(row) for row in rest]
         parts = (ids, torch.tensor(mask), torch.tensor(which))
         ids, mask, which = (part.to(self.model.device) for part in parts)
@@ -200,18 +200,22 @@ class LanguageModel(torch.nn.Module):
         return logits.to(torch.promote_types(logits.dtype, torch.float32)) / (self.temperature or 1)
 
     def read_prefix(self, rows: list, max_tokens: int) -> tuple[DynamicCache, int]:
-        """Run the tokens that all rows begin with once: the template and the instruction.
+        """Run the common prefix of the rows, template and instruction, through the model once.
 
-        Returns (their keys and values, copied to each row; their number, at most `max_tokens`).
+        Returns (a cache with the prefix's keys and values for each row, its number of tokens, or 0
+        if a pass of its own would not pay).
         """
         cache = DynamicCache(config=self.model.config)
         prefix = os.path.commonprefix(rows)[:max_tokens]
-        if not self.share_prefix or len(rows) == 1 or len(prefix) < SHORT_PREFIX:
+        least = max(SHORT_PREFIX, max(map(len, rows)) // 4)
+        if not self.share_prefix or len(rows) == 1 or len(prefix) < least:
             return cache, 0
         ids = torch.tensor([prefix], device=self.model.device)
         with self.autocast():
             self.model.get_decoder()(input_ids=ids, cache=cache, use_cache=True)
-        cache.batch_repeat_interleave(len(rows))  # the rows' gradients add up in the one prefix
+        cache.batch_repeat_interleave(
+            len(rows)
+        )  # so the prefix's gradient is the sum over the rows
         return cache, len(prefix)
 
     # --- scoring ---
@@ -228,10 +232,10 @@ class LanguageModel(torch.nn.Module):
         ids = torch.tensor([row[shared:] + [0] * (longest + shared - len(row)) for row in rows])
         ids = ids.to(self.model.device)
         # Attention is causal: tokens never see the padding on their right, so no mask is needed.
-        past = {"cache": cache} if shared else {}
         with self.autocast():
             decoder = self.model.get_decoder()
-            hidden = decoder(input_ids=ids, use_cache=shared > 0, **past).last_hidden_state
+            past = cache if shared else None
+            hidden = decoder(input_ids=ids, cache=past, use_cache=shared > 0).last_hidden_state
         # The token at position t is predicted at t - 1. Only lengths matter, not token values.
         starts = [len(prompt) - shared - 1 for prompt, _ in unique]
         spans = [slice(start, start + len(one)) for start, (_, one) in zip(starts, unique)]
@@ -243,8 +247,8 @@ class LanguageModel(torch.nn.Module):
         return torch.cat([logprobs[i] for i in which]), torch.cat([entropy[i] for i in which])
 
     def score_tokens(self, hidden: torch.Tensor, targets: torch.Tensor) -> tuple:
-        """Log-probs (n,), entropies (n,), in slices that the backward pass computes again: the
-        logits (n, V) are never all in memory."""
+        """Log-probs (n,), entropies (n,). Computed in slices, and again in the backward pass, so
+        that the logits (n, V) are never all in memory."""
         size = max(1, LOGIT_SLICE // self.known_ids)
         parts = zip(hidden.split(size), targets.split(size))
         scored = [checkpoint(self.score_slice, *part, use_reentrant=False) for part in parts]

@@ -1,17 +1,19 @@
-"""LoRA: train small adapters (pip install peft) instead of all weights. Any script, any chat model:
+"""LoRA: train small adapters instead of all weights, for any chat model (pip install peft).
 
-    python -m forks.lora sft --preset smollm2 --name lora
-    python -m forks.lora grpo --name lora
+    python -m forks.lora sft --preset smollm2 --sft_lr 2e-3 --name lora
+    python -m forks.lora grpo --name lora --grpo_lr 2e-4
     python -m forks.lora evaluate --name lora
 
-A checkpoint holds the adapters, and from_pretrained opens it together with the base model, which
-must stay where it was. Rollouts use the same weights. Adapters want about ten times the learning
-rate of full training. One process only.
+Always use these commands, also to resume. Adapters need about ten times the learning rate of full
+training. A checkpoint holds the adapters alone: from_pretrained opens it together with the base
+model, which must stay where it was. Rollouts use the same weights. For one process.
 """
 
 import json
 import sys
 from pathlib import Path
+
+from transformers import integrations
 
 import evaluate
 import grpo
@@ -22,6 +24,8 @@ from training import distributed
 
 RANK, ALPHA = 16, 32
 load_all = policy.load_policy
+# transformers 5.24 asks for peft 0.22, which is not published. This was tested with 0.21.2.
+integrations.peft.MIN_PEFT_VERSION = "0.21"
 
 
 def load_policy(name, config, *dtype):

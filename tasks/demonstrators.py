@@ -33,7 +33,7 @@ BLOCK = 200  # tasks that are demonstrated together, each time the trainer needs
 SAME = ("task", "disable", "dialect", "chunk_tokens", "top_k")
 RECORDED = SAME + tuple(
     "data questions length documents order capacity embedder retrieval max_reads seed "
-    "max_prompt_tokens max_response_tokens temperature keep_score".split()
+    "max_prompt_tokens max_response_tokens temperature keep_score instruction".split()
 )
 NAME = "(?P<name>" + "|".join(town.NAMES) + ")"
 PATTERNS = [("pet", re.compile(town.RETRACTION.format(name=NAME)))]
@@ -231,7 +231,7 @@ def read_jsonl_log(path: Path, mark: str) -> list[dict]:
 
 
 def read_file(path: str | Path) -> tuple[dict, list[dict]]:
-    """(settings, lines) of a file of demonstrations. Raises BadInput for a malformed line."""
+    """(settings, lines) of a file of demonstrations; turns are pairs. BadInput for a bad line."""
     path = Path(path)
     need(path.is_file(), f"{path}: no such file; tools/teach.py writes one")
     rows = read_jsonl_log(path, "settings")
@@ -239,9 +239,7 @@ def read_file(path: str | Path) -> tuple[dict, list[dict]]:
     lines = []
     for number, line in enumerate(rows[1:], start=2):
         try:
-            turns = [
-                {"prompt": one["prompt"], "response": one["response"]} for one in line["turns"]
-            ]
+            turns = [(one["prompt"], one["response"]) for one in line["turns"]]
             lines.append({"task": line["task"], "score": float(line["score"]), "turns": turns})
         except (ValueError, KeyError, TypeError) as error:
             raise BadInput(f"{path}: line {number} is not a demonstration: {error!r}") from error
@@ -255,7 +253,7 @@ def recorded(config: Config) -> list[tuple[str, str]]:
         before, now = settings.get(name), getattr(config, name)
         need(before == now, f"{config.demonstrations} was made with --{name} {before}, not {now}")
     kept = [line for line in lines if line["score"] >= config.keep_score]
-    return [(turn["prompt"], turn["response"]) for line in kept for turn in line["turns"]]
+    return [turn for line in kept for turn in line["turns"]]
 
 
 # --- scripted demonstrations ----------------------------------------------------------------------

@@ -198,7 +198,7 @@ def pairs(value: object, other: str) -> list[tuple]:
 
 
 def checked(text: str) -> str:
-    """The text, stored once if rows repeat it. Raises UnicodeEncodeError for half an emoji."""
+    """The interned text: equal texts are stored once. UnicodeEncodeError for half an emoji."""
     text.encode()
     return intern(text)
 
@@ -273,7 +273,7 @@ def complete_task(row: dict, where: str, report: Report) -> Task:
     def convert(one):
         if one is None:
             return None
-        support = [(title, text) for title, text in one.get("support", ())]
+        support = [(checked(title), checked(text)) for title, text in one.get("support", ())]
         return make_question(one["question"], one["answers"], support)
 
     filled = all(isinstance(row[name], list) and row[name] for name in ("questions", "documents"))
@@ -282,7 +282,7 @@ def complete_task(row: dict, where: str, report: Report) -> Task:
     for number, one in enumerate(row["questions"], 1):
         questions.append(report.convert(f"{where}, question {number}", convert, one))
     documents = tuple(map(checked, row["documents"]))
-    id = where if row.get("id") is None else str(row["id"])
+    id = where if row.get("id") is None else checked(str(row["id"]))
     return Task(id, tuple(filter(None, questions)), documents)
 
 

@@ -411,7 +411,7 @@ def test_a_run_folder_cannot_run_code(call):
 
 
 def test_a_place_that_cannot_be_written_to(tmp_path):
-    """Bug: a run that has no place on disk trains first, or ends with a traceback."""
+    """Bug: a run that has no place on disk ends with a traceback, or only after its first steps."""
     (tmp_path / "runs").write_text("a file")
     with pytest.raises(SystemExit, match="step 0 could not be saved"):
         run_main(tmp_path, "sft", *TINY)

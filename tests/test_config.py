@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from config import PRESETS, TASKS, BadInput, Config, check_new_file, load_settings, parse_args
+from config import PRESETS, TASKS, BadInput, Config, load_settings, parse_args
+from evaluate import check_new_file
 from training.checkpoint import Run
 
 

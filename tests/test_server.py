@@ -94,7 +94,6 @@ def test_known_answers_are_not_asked_again(serve, tmp_path, capsys):
     answers = Endpoint(server.url, "m", file, in_flight=2).complete(questions, 5, 0.0)
     assert [answer.text for answer in answers] == ["aa", "bb", "cc", "dd", "ee", "ff", "gg"]
     assert len(server.seen) - before == 2
-    assert "holds 5 answers" in capsys.readouterr().out
     for url, model in ((server.url, "another"), (server.url + "/", "m")):
         before = len(server.seen)
         Endpoint(url, model, file, 2).complete([ask("a")], 5, 0.0)
@@ -164,7 +163,7 @@ def test_refused_fields(serve, tmp_path, capsys, refuses, complaint):
     assert answers[1].text == "fine" and len(server.seen) == 2
     lost = set(refuses)
     if refuses and complaint == "Bad request.":
-        order = ["system", "chat_template_kwargs", "max_tokens", "temperature"]
+        order = ["chat_template_kwargs", "system", "max_tokens", "temperature"]
         lost = set(order[: 1 + max(map(order.index, refuses))])
     expected = {name: value for name, value in FIELDS.items() if name not in lost}
     if "max_tokens" in lost:
@@ -174,7 +173,7 @@ def test_refused_fields(serve, tmp_path, capsys, refuses, complaint):
         assert {name: request[name] for name in known if name in request} == expected
     if complaint != "Bad request.":
         assert len(server.probes) <= 1 + len(refuses)
-    assert ("does not accept" in capsys.readouterr().out) == bool(refuses)
+    assert ("answers without" in capsys.readouterr().out) == bool(refuses)
     before = len(server.probes)
     endpoint = Endpoint(server.url, "m", file, 1)
     endpoint.complete(questions, 5, 0.0)

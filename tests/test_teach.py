@@ -127,5 +127,5 @@ def test_the_command(serve, tmp_path, monkeypatch, capsys):
     assert settings["teacher"] == "big" and len(lines) == 2
     assert {request["temperature"] for request in server.seen} == {0.8}
     shown = {request["messages"][1]["content"] for request in server.seen}
-    assert {turn["prompt"] for line in lines for turn in line["turns"]} == shown
+    assert {prompt for line in lines for prompt, _ in line["turns"]} == shown
     assert json.loads(Path("taught.jsonl").read_text().splitlines()[0])["settings"] == settings

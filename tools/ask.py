@@ -16,8 +16,8 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from agent import Episode, Observation, Policy, continue_episodes
-from config import BadInput, Config, check_new_file, need, parse_args
-from evaluate import chosen_runs, open_contestants
+from config import BadInput, Config, need, parse_args
+from evaluate import check_new_file, chosen_runs, open_contestants
 from memory import Embedder, Memory, load_embedder
 from tasks import Count, Question, Task
 from tasks.qa import split_chunks
@@ -108,7 +108,8 @@ def load_memory(path: str, config: Config, embed: Embedder) -> tuple[Memory, dic
         raise BadInput(f"--memory {path} is not a saved memory: {error!r}") from error
     same = made_with == config.embedder
     need(same, f"--memory {path} was made with --embedder {made_with}, not {config.embedder}")
-    for (memory.next_id, text), vector in zip(entries, embed([text for _, text in entries])):
+    for (id, text), vector in zip(entries, embed([text for _, text in entries])):
+        memory.next_id = id
         memory.create(text, vector)
     memory.next_id, memory.capacity = next_id, config.capacity
     return memory, origins, query

@@ -5,13 +5,14 @@
     python -m tools.bench rollouts --from runs/smol/sft --tasks_per_step 2
 
 The parts are rollouts, grpo and sft. Without a run and --model, the model is a new tiny one. The
-samples are turns of the town. A ratio is the peer's time divided by ours, so above 1 ours is
+samples are demonstrated turns. A ratio is the peer's time divided by ours, so above 1 ours is
 faster: the median over the repeats, with the smallest and the largest. All take turns in one
-process, so a busy machine slows down all of them. Beside it stands the peak memory that one run
-needs above what was there before it. TRL is optional: pip install trl datasets
+process, so a busy machine slows down all of them. Each line also shows a run's peak memory, less
+the memory in use before it. TRL is optional: pip install trl datasets
 """
 
 import copy
+import ctypes
 import random
 import time
 from collections.abc import Callable
@@ -36,28 +37,29 @@ from training.checkpoint import latest_checkpoint
 from training.optim import make_optimizers, micro_batches, set_lr
 from training.tiny import create_policy
 
+STATUS = Path("/proc/self/status")
 
-def gigabytes(field: str) -> float:
-    """VmRSS, the memory of this process, or VmHWM, its peak. 0 where Linux does not tell it."""
-    status = Path("/proc/self/status")
-    return float(status.read_text().split(field)[1].split()[1]) / 1e6 if status.exists() else 0.0
+
+def memory(peak: bool = False) -> float:
+    """GB that the GPU has allocated, or that this process uses. 0 on systems other than Linux."""
+    if torch.cuda.is_initialized():
+        return (torch.cuda.max_memory_allocated if peak else torch.cuda.memory_allocated)() / 1e9
+    field = "VmHWM:" if peak else "VmRSS:"
+    return float(STATUS.read_text().split(field)[1].split()[0]) / 1e6 if STATUS.exists() else 0.0
 
 
 def measure(work: Callable) -> tuple[float, float]:
-    """(seconds, GB): the time of work(), and its peak memory above the memory before it."""
-    on_gpu, reset = torch.cuda.is_available(), Path("/proc/self/clear_refs")
-    if on_gpu:
+    """(seconds, GB): the time of work(), and its peak memory less the memory before it."""
+    if torch.cuda.is_initialized():
         torch.cuda.reset_peak_memory_stats()
-    elif reset.exists():
-        reset.write_text("5")  # the peak is counted from here
-    before = torch.cuda.memory_allocated() / 1e9 if on_gpu else gigabytes("VmRSS")
-    started = time.perf_counter()
+    elif STATUS.exists():
+        ctypes.CDLL(None).malloc_trim(0)  # give back what earlier runs have freed
+        STATUS.with_name("clear_refs").write_text("5")  # the peak is counted from here
+    before, started = memory(), time.perf_counter()
     work()
-    if on_gpu:
+    if torch.cuda.is_initialized():
         torch.cuda.synchronize()
-    seconds = time.perf_counter() - started
-    peak = torch.cuda.max_memory_allocated() / 1e9 if on_gpu else gigabytes("VmHWM")
-    return seconds, peak - before
+    return time.perf_counter() - started, memory(peak=True) - before
 
 
 def compare(title: str, work: dict[str, Callable], repeats: int = 3):
@@ -78,19 +80,18 @@ def compare(title: str, work: dict[str, Callable], repeats: int = 3):
 
 
 def rollouts(policy: LanguageModel, config: Config):
-    """Whole episodes of the town, beside transformers' generate."""
+    """Whole episodes, beside transformers' generate."""
     stream, embed = load_tasks(config, "train", policy.count), HashedEmbedder()
     tasks = [stream(i) for i in range(config.tasks_per_step) for _ in range(config.group_size)]
 
     def play(player):
         return lambda: run_episodes(tasks, player, config, embed, exact_match)
 
-    title = f"rollouts: {config.tasks_per_step} tasks, {config.group_size} episodes each"
-    peer = "generate, one batch (TRL without vLLM)"
-    compare(title, {"ours": play(policy), peer: play(Generate(policy))})
+    work = {"ours": play(policy), "generate, one batch (TRL without vLLM)": play(Generate(policy))}
+    compare(f"rollouts: {config.tasks_per_step} tasks, {config.group_size} episodes each", work)
 
 
-def town_samples(policy: LanguageModel, config: Config) -> list[Sample]:
+def demonstrated(policy: LanguageModel, config: Config) -> list[Sample]:
     """`sft_batch` turns of demonstrations, with made-up advantages and log-probs."""
     stream = load_tasks(config, "train", policy.count)
     tasks = list(map(stream, range(config.sft_batch)))
@@ -107,7 +108,7 @@ def town_samples(policy: LanguageModel, config: Config) -> list[Sample]:
 
 def step(policy: LanguageModel, config: Config, kind: str):
     """One optimiser step, 'sft' or 'grpo', beside TRL's trainer with the same micro-batches."""
-    samples, other = town_samples(policy, config), copy.deepcopy(policy.model)
+    samples, other = demonstrated(policy, config), copy.deepcopy(policy.model)
     optimizers = make_optimizers(policy, "adamw")
     set_lr(optimizers, 1e-6)
     num_tokens = sum(len(sample.response_ids) for sample in samples)
@@ -127,7 +128,6 @@ def main():
     config, args = parse_args("Timings.", FLAGS, default_runs=("grpo", "sft"))
     for name in args.parts:
         need(name in PARTS, f"there is no part {name!r}; the parts are: {', '.join(PARTS)}")
-    need(config.task == "town", "the samples are turns of the town: give --task town")
     config.cpu = config.cpu or not torch.cuda.is_available()
     start = latest_checkpoint(args.start) if args.start else config.model
     policy = load_policy(start, config) if start else create_policy(config)

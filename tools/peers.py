@@ -24,9 +24,11 @@ class Generate:
         with policy.model.device:
             ids, mask = pad([ids for _, ids in policy.encode(observations)], "left")  # (B, P)
         end, padding = sorted(policy.end_ids), policy.tokenizer.pad_token_id
-        settings = {"do_sample": True, "top_k": 0, "eos_token_id": end, "pad_token_id": padding}
+        settings = {"do_sample": True, "temperature": policy.temperature, "top_k": 0, "top_p": 1.0}
+        settings |= {"repetition_penalty": 1.0, "eos_token_id": end, "pad_token_id": padding}
         settings |= {"max_new_tokens": policy.config.max_response_tokens, "attention_mask": mask}
-        sampled = policy.model.generate(ids, **settings)  # (B, P + T)
+        with policy.autocast():
+            sampled = policy.model.generate(ids, **settings)  # (B, P + T)
         responses = []
         for row in sampled[:, ids.shape[1] :].tolist():
             ends = [number for number, id in enumerate(row, start=1) if id in policy.end_ids]

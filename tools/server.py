@@ -33,9 +33,8 @@ TIMEOUT = 600  # seconds for one answer
 PAUSES = (1, 4, 15, 60)  # seconds before each new try after a transient error
 FINAL = {400, 401, 403, 404, 405, 413, 422}  # HTTP errors that are not retried
 TOO_LONG = re.compile(r"(?i)too long|(exceed|maximum).*(length|token)|context.(length|size|limit)")
-NO_THINKING = {"enable_thinking": False}  # as for a local model
-# Some servers refuse these fields, or a system message. The last one matters most.
-FIELDS = ("system", "chat_template_kwargs", "max_tokens", "temperature")
+# What some servers refuse. If the error names none of them, they are left out in this order.
+FIELDS = ("chat_template_kwargs", "system", "max_tokens", "temperature")
 PROBE = "Reply with yes."
 
 
@@ -60,9 +59,6 @@ class Endpoint:
         self.file.parent.mkdir(parents=True, exist_ok=True)
         rows = read_jsonl_log(self.file, "key") if self.file.exists() else []
         self.known = {row.pop("key"): row for row in rows}
-        answers = sum("text" in row for row in self.known.values())
-        if answers:
-            print(f"{self.file} holds {answers} answers, which are not asked for again")
 
     def complete(self, conversations: list, max_tokens: int, temperature: float) -> list[Response]:
         """One Response for each conversation, a list of {"role": ..., "content": ...} messages.
@@ -87,7 +83,7 @@ class Endpoint:
         """Those of FIELDS that the server refuses. It is asked once, at temperature 0."""
         if self.name in self.known:
             return self.known[self.name]["refused"]
-        refused, left, unexplained = [], list(FIELDS), []
+        refused, left, unexplained = [], list(FIELDS), None
         while True:
             messages = conversation("Be brief.", PROBE, "system" not in refused)
             try:
@@ -98,20 +94,21 @@ class Endpoint:
                 if status not in (400, 422) or TOO_LONG.search(body):
                     raise
                 named = [field for field in left if field in body.lower()]
-                unexplained += [] if named else [error]
+                if not named:
+                    unexplained = unexplained or error
                 if not left:
-                    raise unexplained[0] from error
+                    raise unexplained from error
                 refused.append((named or left)[0])
                 left.remove(refused[-1])
         self.keep(self.name, {"refused": refused})
         if refused:
-            print(f"{self.name} does not accept {', '.join(refused)}")
+            print(f"{self.name} answers without {', '.join(refused)}")
         return refused
 
     def settings(self, max_tokens: int, temperature: float, refused) -> dict:
         """The settings of a request, without the fields that the server refuses."""
         limit = "max_completion_tokens" if "max_tokens" in refused else "max_tokens"
-        fields = {"temperature": temperature, "chat_template_kwargs": NO_THINKING}
+        fields = {"temperature": temperature, "chat_template_kwargs": {"enable_thinking": False}}
         accepted = {name: value for name, value in fields.items() if name not in refused}
         return {"model": self.model, "extra_body": {limit: max_tokens} | accepted}
 

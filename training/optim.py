@@ -12,7 +12,7 @@ class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024): Nesterov momentum, orthogonalized before it is applied.
 
     The same as torch.optim.Muon with adjust_lr_fn="match_rms_adamw" and no weight decay, but in
-    fp32. torch's computes in bf16, which is slow on most CPUs.
+    fp32. torch's version computes in bf16, which is slow on most CPUs.
     """
 
     def __init__(self, params, momentum: float = 0.95):

@@ -55,7 +55,7 @@ def create_policy(config: Config) -> LanguageModel:
 
 
 def train_tokenizer(config: Config) -> PreTrainedTokenizerFast:
-    """The town's words. The tags of the dialect are single tokens."""
+    """A tokenizer of the town's words. Each tag of the dialect is one token."""
     control = [PAD, END, RESPONSE]
     tags = [f"<{slash}{tag}>" for tag in TAGS[config.dialect].values() for slash in ("", "/")]
     tokenizer = Tokenizer(models.WordLevel(unk_token=PAD))
