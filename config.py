@@ -52,7 +52,9 @@ class Config:
     embedder: str = setting("hashed", "'hashed' (bag of words), or an encoder's hub name or folder")
     retrieval: str = setting("similarity", "'similarity', or 'random' (the paper's Table 4)")
     # --- the agent ----------------------------------------------------------------------------
-    disable: list[str] = field(default_factory=list, metadata={"help": "operations to switch off"})
+    disable: list[str] = field(
+        default_factory=list, metadata={"help": "operations to switch off: create read update ..."}
+    )
     dialect: str = setting("paper", "tag names: 'paper', or 'released' (the released checkpoint)")
     instruction: str = setting("", "FILE with your own system message for chat models")
     max_reads: int = setting(3, "how often in a row a Read may show a chunk or question again")

@@ -213,9 +213,8 @@ class LanguageModel(torch.nn.Module):
         ids = torch.tensor([prefix], device=self.model.device)
         with self.autocast():
             self.model.get_decoder()(input_ids=ids, cache=cache, use_cache=True)
-        cache.batch_repeat_interleave(
-            len(rows)
-        )  # so the prefix's gradient is the sum over the rows
+        # All rows share the one prefix, so its gradient is the sum over the rows.
+        cache.batch_repeat_interleave(len(rows))
         return cache, len(prefix)
 
     # --- scoring ---
@@ -310,7 +309,7 @@ def load_policy(name: str | Path, config: Config, dtype=torch.float32) -> Langua
         auto = auto_class(AutoConfig.from_pretrained(name))
         model, info = auto.from_pretrained(name, dtype=dtype, output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(name)
-    except Exception as error:  # errors of many kinds
+    except Exception as error:  # transformers raises errors of many kinds
         missing = "" if Path(name).exists() else "there is no such folder, and "
         reason = " ".join(str(error).split())
         raise BadInput(f"{name}: {missing}transformers cannot load it: {reason}") from error

@@ -207,10 +207,9 @@ def make_question(text: str, answers: list, support=()) -> Question:
     """answers: texts or numbers, the gold answer first. Empty and repeated aliases are dropped."""
     need(isinstance(answers, list), "its answers are not a list")
     texts = [str(one).strip() if isinstance(one, str | int | float) else "" for one in answers]
-    texts, text = list(map(checked, texts)), checked(text.strip())
-    need(text and texts and texts[0], "its question or its answer is empty")
-    answers = dict.fromkeys(filter(None, texts))  # an ordered set
-    return Question(text, tuple(answers), tuple(dict.fromkeys(support)))
+    need(text.strip() and texts and texts[0], "its question or its answer is empty")
+    answers = dict.fromkeys(map(checked, filter(None, texts)))  # an ordered set
+    return Question(checked(text.strip()), tuple(answers), tuple(dict.fromkeys(support)))
 
 
 def make_example(question: Question, gold: list[str], rest: list[str]) -> Example:

@@ -16,6 +16,7 @@ import ctypes
 import random
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -28,9 +29,8 @@ from config import Config, need, parse_args
 from grpo import grpo_step
 from memory import HashedEmbedder
 from policy import LanguageModel, Sample, load_policy
-from sft import sft_step
+from sft import demonstrated_samples, sft_step
 from tasks import load_tasks
-from tasks.demonstrators import demonstrate
 from tasks.scoring import exact_match
 from tools.peers import Generate, trl_steps
 from training.checkpoint import latest_checkpoint
@@ -95,15 +95,14 @@ def demonstrated(policy: LanguageModel, config: Config) -> list[Sample]:
     """`sft_batch` turns of demonstrations, with made-up advantages and log-probs."""
     stream = load_tasks(config, "train", policy.count)
     tasks = list(map(stream, range(config.sft_batch)))
-    episodes = demonstrate(tasks, config, HashedEmbedder(), policy)
+    every = replace(config, keep_score=0.0)
+    samples = next(demonstrated_samples([tasks], every, policy, HashedEmbedder(), main=False))
     rng = random.Random(config.seed)
-    turns = rng.sample([turn for one in episodes for turn in one.turns], config.sft_batch)
-    prompts = [ids for _, ids in policy.encode([turn.observation for turn in turns])]
-    responses = policy.chat.encode_responses([turn.response.text for turn in turns])
-    return [
-        Sample(prompt, ids, [-1.0] * len(ids), rng.choice((-0.5, 0.5)))
-        for prompt, ids in zip(prompts, responses)
-    ]
+    samples = rng.sample(samples, config.sft_batch)
+    for sample in samples:
+        sample.logprobs = [-1.0] * len(sample.response_ids)
+        sample.advantage = rng.choice((-0.5, 0.5))
+    return samples
 
 
 def step(policy: LanguageModel, config: Config, kind: str):

@@ -36,7 +36,7 @@ class Muon(torch.optim.Optimizer):
 def orthogonalize(matrix: torch.Tensor, steps: int = 5) -> torch.Tensor:
     """About U V^T of a matrix U S V^T, by Newton-Schulz iteration. Same shape."""
     tall = matrix.shape[0] > matrix.shape[1]
-    x = matrix.mT.contiguous() if tall else matrix
+    x = matrix.mT.contiguous() if tall else matrix  # wide, so that the products below are small
     x = x / x.square().sum().sqrt().clamp(min=1e-7)
     for _ in range(steps):  # a quintic that drives the singular values towards 1
         gram = x @ x.mT  # (rows, rows)
