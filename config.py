@@ -67,6 +67,7 @@ class Config:
     hidden_size: int = setting(128, "tiny model: width")
     layers: int = setting(3, "tiny model: depth")
     heads: int = setting(4, "tiny model: attention heads of 64 dimensions")
+    bf16: bool = setting(False, "passes in bf16 on a CPU too (fast with AMX or AVX512-BF16)")
     temperature: float = setting(1.0, "sampling temperature in training (paper: 1)")
     sample_rows: int = setting(256, "prompts sampled in one batch")
     # --- training, both stages ----------------------------------------------------------------

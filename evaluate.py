@@ -31,7 +31,7 @@ from tqdm import tqdm
 from agent import Episode, Observation, Policy, Response, parse, run_episodes
 from config import BUILT, OPERATIONS, BadInput, Config, load_settings, need, parse_args
 from memory import load_embedder
-from policy import load_policy
+from policy import compute_dtype, load_policy
 from tasks import Task, held_out_tasks, scoring
 from tasks.demonstrators import Demonstrator, GoldDemonstrator, TownDemonstrator
 from tasks.formats import alias_file
@@ -73,8 +73,8 @@ def chosen_runs(config: Config, start: str | None, runs=()) -> list[tuple[str, P
 
 def open_contestants(config: Config, runs: list, device, gold: bool = False) -> list[Contestant]:
     """The models of `runs` (see chosen_runs), else --model. Raises BadInput if there is none."""
-    # On a GPU a pretrained model is in bf16: autocast would convert its weights for each token.
-    dtype = torch.bfloat16 if config.model and device.type == "cuda" else torch.float32
+    # Autocast would convert a pretrained model's weights for each token.
+    dtype = compute_dtype(config, device) if config.model else torch.float32
     found = []
     for label, run in runs:
         checkpoint, (stage, settings) = latest_checkpoint(run), load_settings(run)

@@ -32,7 +32,7 @@ from accelerate import Accelerator
 from agent import Episode, observe, run_episodes
 from config import Config, need, parse_args
 from memory import Memory, load_embedder
-from policy import LanguageModel, Sample, load_policy
+from policy import LanguageModel, Sample, compute_dtype, load_policy
 from tasks import held_out_tasks, load_tasks
 from tasks.scoring import score_function, summarize, tally
 from training import distributed as dist
@@ -203,7 +203,7 @@ def train(run: Run, config: Config, args: Namespace):
     run.begin(policy, optimizers)
     reference = None
     if config.kl:  # the policy that this run started from, kept as its first checkpoint
-        dtype = dist.copy_dtype(accelerator) if dist.is_sharded() else torch.float32
+        dtype = compute_dtype(config, accelerator.device) if dist.is_sharded() else torch.float32
         reference = load_policy(run.folder / step_name(0), config, dtype)
         reference.to(accelerator.device).requires_grad_(False)
     for step in run.steps(config.grpo_steps):

@@ -76,9 +76,9 @@ class LanguageModel(torch.nn.Module):
         return LanguageModel(self.model, self.tokenizer, config, temperature)
 
     def autocast(self):
-        """bf16 on a GPU, in sampling and scoring alike. The weights stay fp32."""
-        device = self.model.device.type
-        return torch.autocast(device, torch.bfloat16, enabled=device == "cuda")
+        """For passes of the model, in sampling and scoring alike. The weights stay fp32."""
+        dtype = compute_dtype(self.config, self.model.device)
+        return torch.autocast(self.model.device.type, dtype, enabled=dtype != torch.float32)
 
     # --- prompts ---
 
@@ -281,6 +281,11 @@ class LanguageModel(torch.nn.Module):
         """Write a folder for from_pretrained. weights: a state dict to save instead of its own."""
         self.model.save_pretrained(folder, state_dict=weights)
         self.tokenizer.save_pretrained(folder)
+
+
+def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
+    """The dtype of matrix products: bf16 on a GPU and with --bf16."""
+    return torch.bfloat16 if config.bf16 or device.type == "cuda" else torch.float32
 
 
 def check_model(model, tokenizer, config: Config):

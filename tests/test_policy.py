@@ -8,6 +8,7 @@ from dataclasses import replace
 import conftest
 import pytest
 import torch
+from accelerate import Accelerator
 from conftest import tiny_policy
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -35,6 +36,7 @@ from policy import LanguageModel, Sample, load_policy
 from tasks.demonstrators import TownDemonstrator
 from tasks.scoring import exact_match
 from tasks.town import town_task
+from training import distributed
 from training.distributed import IDLE
 from training.optim import Muon, make_optimizers, micro_batches, set_lr
 
@@ -533,6 +535,29 @@ def test_a_process_without_rows_takes_part(tiny):
     assert logprobs.shape == entropy.shape == (0,)
     logprobs.sum().backward()
     assert all(p.grad is not None and not p.grad.any() for p in tiny.parameters())
+
+
+@pytest.mark.parametrize("model", ["", "a pretrained one"])
+def test_bf16_on_a_cpu(tiny, model):
+    """Bug: --bf16 has no effect, or rounds the weights that are trained. A pretrained model is
+    sampled from a copy in bf16, which has to follow the weights."""
+    config = replace(tiny.config, model=model, bf16=True)
+    policy = LanguageModel(tiny.model, tiny.tokenizer, config)
+    samples = to_samples(policy.respond(observations(4)))
+    exact, rounded = tiny(samples)[0], policy(samples)[0]
+    assert 0 < (exact - rounded).abs().max() < 0.05
+    rounded.sum().backward()
+    assert all(p.dtype == p.grad.dtype == torch.float32 for p in policy.parameters())
+    accelerator = Accelerator(cpu=True)
+    rollout_model = distributed.make_rollout_model(policy, accelerator)
+    assert (rollout_model(samples)[0] - exact).abs().max() < 0.05
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter *= 2
+    distributed.sync_weights(rollout_model, policy)
+    dtype = torch.bfloat16 if model else torch.float32
+    pairs = zip(rollout_model.parameters(), policy.parameters())
+    assert all(torch.equal(copied, weight.to(dtype)) for copied, weight in pairs)
 
 
 # --- models and files ---

@@ -5,10 +5,9 @@
     python -m tools.bench rollouts --from runs/smol/sft --tasks_per_step 2
 
 The parts are rollouts, grpo and sft. Without a run and --model, the model is a new tiny one. The
-samples are demonstrated turns. A ratio is the peer's time divided by ours, so above 1 ours is
-faster: the median over the repeats, with the smallest and the largest. All take turns in one
-process, so a busy machine slows down all of them. Each line also shows a run's peak memory, less
-the memory in use before it. TRL is optional: pip install trl datasets
+samples are demonstrated turns. All take turns in one process. A ratio is the peer's time divided
+by ours: the median (smallest to largest). The memory is a run's peak, less what was in use before.
+TRL is optional: pip install trl datasets
 """
 
 import copy

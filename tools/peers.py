@@ -78,7 +78,7 @@ def make_trainer(model, tokenizer, kind, config):
     from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
     common = {"output_dir": tempfile.mkdtemp(), "report_to": "none", "use_cpu": config.cpu}
-    common |= {"bf16": not config.cpu, "gradient_checkpointing": config.recompute}
+    common |= {"bf16": config.bf16 or not config.cpu, "gradient_checkpointing": config.recompute}
     data = Dataset.from_dict({"prompt": ["Anna"] * 8, "completion": ["Rome"] * 8})
     rest = {"processing_class": tokenizer, "train_dataset": data}
     if kind == "sft":

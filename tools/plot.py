@@ -1,8 +1,6 @@
-"""The learning curves of GRPO runs as a picture.
+"""The learning curves of GRPO runs as a picture: their mean and range. It needs matplotlib.
 
-    python -m tools.plot curves.png results/seed4?/grpo.jsonl       the mean and range of three runs
-
-It needs matplotlib.
+    python -m tools.plot curves.png results/seed4?/grpo.jsonl
 """
 
 import json

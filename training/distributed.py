@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from agent import run_episodes
 from config import Config, need
-from policy import LanguageModel, Sample, auto_class
+from policy import LanguageModel, Sample, auto_class, compute_dtype
 from tasks import Task
 from tasks.scoring import score_function, summarize, tally
 from training.optim import micro_batches
@@ -68,11 +68,6 @@ def is_sharded() -> bool:
     return os.environ.get("ACCELERATE_USE_FSDP") == "true"
 
 
-def copy_dtype(accelerator: Accelerator) -> torch.dtype:
-    """The dtype of a full copy that is not trained: the one that sharded layers compute in."""
-    return torch.bfloat16 if accelerator.device.type == "cuda" else torch.float32
-
-
 def distribute(policy: LanguageModel, accelerator: Accelerator):
     """Prepare `policy` for training on the device. Returns the module to call in training: the
     policy itself, or its DDP wrapper. FSDP2 shards the policy in place.
@@ -88,7 +83,8 @@ def distribute(policy: LanguageModel, accelerator: Accelerator):
     policy.share_prefix = False  # all processes have to run the layers equally often
     # accelerate's own FSDP plugin runs on GPUs only; torch's function runs on a CPU as well.
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
-    precision = MixedPrecisionPolicy(copy_dtype(accelerator), torch.float32)
+    dtype = compute_dtype(policy.config, accelerator.device)
+    precision = MixedPrecisionPolicy(dtype, torch.float32)
     for layer in layers:
         fully_shard(layer, mesh=mesh, mp_policy=precision)
     return fully_shard(policy, mesh=mesh, mp_policy=precision)  # embedding, last norm, head
@@ -97,14 +93,15 @@ def distribute(policy: LanguageModel, accelerator: Accelerator):
 def make_rollout_model(policy: LanguageModel, accelerator: Accelerator) -> LanguageModel:
     """The model to sample from: `policy` itself, or a full copy that sync_weights refreshes.
 
-    A copy is needed if the policy is sharded. For a pretrained model on a GPU it is in bf16,
-    because autocast would convert all fp32 weights for every token.
+    A copy is needed if the policy is sharded, and for a pretrained model that computes in bf16:
+    autocast would convert all fp32 weights for every token.
     """
-    if not is_sharded() and not (policy.config.model and accelerator.device.type == "cuda"):
+    dtype = compute_dtype(policy.config, accelerator.device)
+    if not is_sharded() and not (policy.config.model and dtype == torch.bfloat16):
         return policy
     config = copy.deepcopy(policy.model.config)
     with accelerator.device:
-        model = auto_class(config).from_config(config, dtype=copy_dtype(accelerator))
+        model = auto_class(config).from_config(config, dtype=dtype)
     model.generation_config = policy.model.generation_config
     rollout_model = LanguageModel(model.eval(), policy.tokenizer, policy.config)
     rollout_model.requires_grad_(False)
