@@ -1,6 +1,7 @@
-"""The learning curves of GRPO runs as a picture: their mean and range. It needs matplotlib.
+"""The learning curves of GRPO runs as a picture.
 
-    python -m tools.plot curves.png results/seed4?/grpo.jsonl
+    python -m tools.plot curves.png results/seed4?/grpo.jsonl       the mean and range of three runs
+It needs matplotlib.
 """
 
 import json
