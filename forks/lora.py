@@ -13,6 +13,7 @@ import json
 import sys
 from pathlib import Path
 
+from accelerate import PartialState
 from transformers import integrations
 
 import evaluate
@@ -28,18 +29,22 @@ load_all = policy.load_policy
 integrations.peft.MIN_PEFT_VERSION = "0.21"
 
 
-def load_policy(name, config, *dtype):
-    """policy.load_policy, with adapters. Nothing but the adapters is trained."""
+def load_policy(name, config, *_):
+    """policy.load_policy, with adapters. Nothing but the adapters is trained, so the base model may
+    be in bf16 wherever passes are."""
     from peft import LoraConfig  # here, so that the tests run without it
 
+    dtype = policy.compute_dtype(config, PartialState().device)
     saved = Path(name) / "adapter_config.json"  # in a checkpoint
     base = json.loads(saved.read_text())["base_model_name_or_path"] if saved.exists() else name
-    loaded = load_all(base, config, *dtype)
+    loaded = load_all(base, config, dtype)
     if saved.exists():
         loaded.model.load_adapter(str(name))
     else:
         loaded.model.add_adapter(LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear"))
     for key, parameter in loaded.model.named_parameters():
+        if "lora_" in key:
+            parameter.data = parameter.data.float()
         parameter.requires_grad = "lora_" in key
     return loaded
 

@@ -136,6 +136,9 @@ def test_adapters_are_trained(call, monkeypatch):
     assert sum(file.stat().st_size for file in newest.glob("*.safetensors")) < 100_000
     policy = sft.load_policy(newest, Config(max_prompt_tokens=2000))
     assert torch.equal(policy.model(ids).logits, tuned(ids).logits)
+    rounded = sft.load_policy(newest, Config(max_prompt_tokens=2000, bf16=True))
+    for name, weight in rounded.named_parameters():
+        assert weight.dtype == (torch.float32 if "lora_" in name else torch.bfloat16)
     call(sft, "--resume", "runs/town/sft", "--sft_steps", 5)
-    call(grpo, *short, "--max_response_tokens", 40)
+    call(grpo, *short, "--max_response_tokens", 40, "--bf16")
     assert "grpo 1x" in call(evaluate, "--eval_tasks", 1, "--sweep", "length=1", "--cpu")
