@@ -135,9 +135,8 @@ def grpo_step(
     differences = [torch.zeros(1, device=accelerator.device)]
     for batch in dist.shared_batches(model, samples, config.micro_batch_tokens, accelerator):
         logprobs, entropy = model(batch)  # (n,)
-        sizes = torch.tensor([len(sample.response_ids) for sample in batch])
-        advantages = torch.tensor([sample.advantage for sample in batch])
-        advantages = advantages.repeat_interleave(sizes).to(logprobs)  # (n,)
+        pairs = [(torch.as_tensor(one.advantage), len(one.response_ids)) for one in batch]
+        advantages = torch.cat([value.expand(size) for value, size in pairs]).to(logprobs)  # (n,)
         sampled = torch.tensor([x for sample in batch for x in sample.logprobs]).to(logprobs)
         if batch[0].old_logprobs is None:
             old = logprobs.detach()
