@@ -202,7 +202,7 @@ def parse(text: str, config: Config) -> list[Operation]:
 
 def without_thoughts(text: str) -> str:
     """What follows the last </think>. A template may have opened <think> in the prompt."""
-    return text.rpartition("</think>")[2].partition("<think>")[0]  # the second: cut off in thought
+    return text.rpartition("</think>")[2].partition("<think>")[0]  # also drops an unclosed thought
 
 
 def build(kind: str, content: str, config: Config) -> Operation:

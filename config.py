@@ -17,7 +17,7 @@ from pathlib import Path
 
 from transformers import HfArgumentParser
 
-# A task is built from several rows of a file, or it is one row.
+# BUILT: a task is built from several rows of a file. COMPLETE: each row is a task.
 BUILT = ("hotpotqa", "2wikimultihopqa", "musique")
 COMPLETE = ("saved", "memagent", "babilong", "locomo", "longmemeval", "memoryagentbench")
 TASKS = ("town", *BUILT, *COMPLETE)
@@ -202,8 +202,8 @@ def parse_args(
     """Parse the command line: (config, other arguments). Bad flags exit with one sentence.
 
     extra: the script's own flags, as (name, keywords of add_argument). resume: for the trainers.
-    default_runs: stages to try in runs/NAME, in this order, without --preset, --from, --resume and
-    --model. `args.start` is the run folder to start from, or None.
+    default_runs: stages to try in runs/NAME, in this order, if --preset, --from, --resume and
+    --model are not given. `args.start` is the run folder to start from, or None.
     """
     parser = HfArgumentParser(Config, description=description, allow_abbrev=False)
     parser.usage = "%(prog)s [--flag value ...]"

@@ -3,7 +3,7 @@
     python evaluate.py                         SFT and GRPO of runs/town at 1, 2 and 4 times the
                                                training length: 2 minutes on two cores
     python evaluate.py --ablate                the GRPO policy without some operations (Table 2)
-    python evaluate.py --baselines             full text, RAG, scratchpad, no memory (Table 1)
+    python evaluate.py --baselines             full context, RAG, scratchpad, no memory (Table 1)
     python evaluate.py --sweep top_k=3,6,12 chunk_tokens=2048,4096     all combinations (Table 3)
     python evaluate.py --runs runs/a/grpo runs/b/grpo      several runs; one: --from runs/a/grpo
     python evaluate.py --name hotpotqa --data hotpot_dev.json --documents 200
@@ -13,7 +13,7 @@
 The table is saved as runs/NAME/evaluation*.json and never replaces an older one. The scores are in
 percent of the questions. "released" is what the released code calls exact match, "judge" is the
 verdict of --judge. "low" and "high" are the 95 % bootstrap interval of EM over tasks, because the
-questions of a task share a memory. Operations are per response, turns to seconds per task.
+questions of a task share a memory. Operations are per response; "turns" to "seconds" are per task.
 """
 
 import itertools

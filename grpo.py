@@ -181,7 +181,7 @@ def update_policy(model, reference, samples, counts: dict, optimizers, accelerat
     if not steps:
         return {}
     # Sampler and trainer have the same weights only in the first update. The mean norm is not
-    # finite if one of them is not.
+    # finite if the norm of any update is not.
     first = {name: steps[0][name] for name in ("ratio", "logprob_diff")}
     return steps[-1] | first | {"grad_norm": sum(one["grad_norm"] for one in steps) / updates}
 
@@ -196,7 +196,7 @@ def train(run: Run, config: Config, args: Namespace):
     held_out = held_out_tasks(config, "dev", min(100, config.eval_tasks), policy.count)
     # Raises BadInput now, not after a rollout, if a task does not fit a prompt.
     policy.encode([observe(Episode(task, Memory()), config) for task in held_out])
-    model = dist.distribute(policy, accelerator)  # what the gradient forward calls
+    model = dist.distribute(policy, accelerator)  # the module to call in training
     optimizers = make_optimizers(policy, config.optimizer)
     rollout_model = dist.make_rollout_model(policy, accelerator)
     run.begin(policy, optimizers)

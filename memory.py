@@ -92,7 +92,7 @@ class Memory:
 
         The similarity is the cosine, because all vectors have unit length. We add two rules to
         eq. 6. Entries with a cosine of 0 or less are not retrieved. If entries are equally similar,
-        the older ones are retrieved but sorted by their text. Sorted by age, the list would tell
+        older ones are retrieved first, but ties are listed by their text. A list by age would show
         which of two contradicting entries is newer, and a vector store does not know that.
         """
         n = len(self)

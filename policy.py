@@ -61,7 +61,7 @@ class LanguageModel(torch.nn.Module):
         self.temperature = config.temperature if temperature is None else temperature
         if config.recompute and not model.is_activation_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
-        # Recomputed layers cannot use a cache. The other models count the padding after a prefix.
+        # Recomputed layers cannot use a cache. MPT and GPT-Neo count the padding after a prefix.
         unsuited = config.recompute or model.config.model_type in ("mpt", "gpt_neo")
         self.share_prefix = not (unsuited or any(DynamicCache(config=model.config).is_sliding))
         self.chat = Chat(tokenizer, config.instruction or instruction(config))
@@ -202,8 +202,8 @@ class LanguageModel(torch.nn.Module):
     def read_prefix(self, rows: list, max_tokens: int) -> tuple[DynamicCache, int]:
         """Run the common prefix of the rows, template and instruction, through the model once.
 
-        Returns (a cache with the prefix's keys and values for each row, its number of tokens, or 0
-        if a pass of its own would not pay).
+        Returns (a cache with the prefix's keys and values for each row, the prefix's length). The
+        cache is empty and the length 0 if a separate pass for the prefix would not pay off.
         """
         cache = DynamicCache(config=self.model.config)
         prefix = os.path.commonprefix(rows)[:max_tokens]

@@ -30,8 +30,8 @@ integrations.peft.MIN_PEFT_VERSION = "0.21"
 
 
 def load_policy(name, config, *_):
-    """policy.load_policy, with adapters. Nothing but the adapters is trained, so the base model may
-    be in bf16 wherever passes are."""
+    """policy.load_policy, with adapters. Only the adapters are trained, so the base model may
+    be in bf16 wherever passes run in bf16."""
     from peft import LoraConfig  # here, so that the tests run without it
 
     dtype = policy.compute_dtype(config, PartialState().device)

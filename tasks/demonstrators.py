@@ -285,7 +285,7 @@ def curriculum(config: Config, stream: Callable[[int], Task]) -> list[tuple[floa
     """[(share of the SFT steps, blocks of tasks)]. In the town, easy stories come first.
 
     Easy stories have no two-hop questions, so every sentence about somebody else is irrelevant.
-    From them the model learns to compare names, which it always needs, several times faster.
+    The model always has to compare names, and it learns this several times faster from them.
     """
 
     def blocks(make, first, last):

@@ -29,7 +29,7 @@ ACCEPTED = (
     ".tar file first"
 )
 HUB = re.compile(r"(?!.*\.(json|jsonl|gz|parquet)$)[\w.-]+/[\w.-]+(:[\w.-]*){0,2}")
-Rows = Iterator[tuple[str, dict]]  # with each row, its place: "line N" of JSONL, else "row N"
+Rows = Iterator[tuple[str, dict]]  # (place, row); the place is "line N" of JSONL, else "row N"
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,8 +132,8 @@ class Report:
 def read_rows(path: str, task: str) -> list[Example] | list[Task]:
     """All rows of a data file, converted. Each file is read once per process.
 
-    It keeps only the converted rows, and stores equal texts once. To read a JSON list, it needs
-    four to six times the file's size. Raises BadInput, with the line or row, for a bad file.
+    It keeps only the converted rows, and stores equal texts once. Reading a JSON list takes memory
+    of four to six times the file's size. Raises BadInput, with the line or row, for a bad file.
     """
     report, questions, rows, places = Report(path, "rows"), Report(path, "questions"), [], {}
     function = FORMATS[task]

@@ -28,8 +28,8 @@ from training.checkpoint import replace_file
 def answer_questions(questions, file, saved, policy: Policy, embed: Embedder, config: Config):
     """Read `file`, or load the memory `saved`, and print the answers.
 
-    With both, the memory is saved as it is after reading. Raises BadInput, before anything is read,
-    if there is neither, or if `saved` cannot be written or does not fit the settings.
+    If both are given, it saves the memory after reading. Raises BadInput, before anything is read,
+    if neither is given, or if `saved` cannot be written or does not fit the settings.
     """
     need(file or saved, "give a --file to read, or the --memory that an earlier reading saved")
     if file and saved:

@@ -5,8 +5,8 @@
     python -m tools.bench rollouts --from runs/smol/sft --tasks_per_step 2
 
 The parts are rollouts, grpo and sft. Without a run and --model, the model is a new tiny one. The
-samples are demonstrated turns. All take turns in one process. A ratio is the peer's time divided
-by ours: the median (smallest to largest). The memory is a run's peak, less what was in use before.
+samples are demonstrated turns. The implementations alternate in one process. A ratio is the peer's
+time divided by ours: median (smallest to largest). Memory is a run's peak minus the use before it.
 TRL is optional: pip install trl datasets
 """
 

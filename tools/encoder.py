@@ -5,7 +5,7 @@ pooling in modules.json and 1_Pooling/config.json, prompts and truncate_dim in
 config_sentence_transformers.json, max_seq_length and do_lower_case in sentence_bert_config.json.
 
 Without modules.json, causal encoders are pooled at the last token and others by the mean. Without
-a file of prompts, causal encoders use Qwen3-Embedding's and others use none: most E5 models, too.
+a file of prompts, causal encoders use Qwen3-Embedding's. Others, such as most E5 models, use none.
 """
 
 import json

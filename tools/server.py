@@ -123,7 +123,7 @@ class Endpoint:
     def ask_and_keep(self, key: str, messages: list[dict], settings: dict) -> BadInput | None:
         """Ask a question and keep the answer. Returns the error if there is one."""
         if self.gone.is_set():
-            return None  # the request that found out has the error
+            return None  # the request that set `gone` returns the error
         try:
             self.keep(key, self.ask(messages, settings))
         except BadInput as error:
@@ -159,7 +159,7 @@ class Endpoint:
 
 def http_error(error: Exception) -> tuple[int | None, str]:
     """The status and the body of an HTTP error, or (None, "") for another error."""
-    # If the body is no JSON object, the client fails on it. The HTTP error is then the context.
+    # The client fails if the body is not a JSON object. The HTTP error is then the context.
     response = getattr(error, "response", None) or getattr(error.__context__, "response", None)
     return (response.status_code, response.text) if response else (None, "")
 

@@ -1,6 +1,6 @@
 """A run on disk: its settings, metrics and checkpoints, and how it is stopped and resumed.
 
-A checkpoint is written aside and then renamed, so a run can be killed at any moment.
+A checkpoint is written under a temporary name and then renamed, so a run can be killed any time.
 --resume drops the steps after the newest checkpoint and repeats them exactly: everything random is
 seeded by the step, so no generator state has to be saved.
 """
@@ -223,7 +223,7 @@ class Run:
         torch.save(states, part / "training.pt")
         progress = {"step": self.step, "best": self.best, "tracker_id": self.tracker_id}
         (part / "progress.json").write_text(json.dumps(progress))
-        if not self.checkpoint:  # only now is there something to put in the place of an old run
+        if not self.checkpoint:  # delete an old run only now that its replacement exists
             self.replace_old_run()
         part.rename(self.folder / step_name(self.step))
         self.point_and_prune()

@@ -6,7 +6,7 @@
 
 A process plays whole groups. All processes do the same number of passes: one with fewer
 micro-batches adds IDLE ones. DDP and FSDP2 average gradients, so each loss is multiplied by the
-number of processes and divided by the response tokens of all: the gradient is that of one process.
+number of processes and divided by all response tokens. This gives the gradient of one process.
 FSDP2 would gather all weights for every sampled token, so each process samples from a full copy.
 """
 

@@ -83,7 +83,7 @@ def lr_factor(step: int, steps: int, warmup: float, decay: float) -> float:
 
 
 def clip_and_step(policy, optimizers: list[torch.optim.Optimizer], max_norm: float) -> float:
-    """Clip and zero the gradient, and step unless it is not finite. Returns its norm before."""
+    """Clip the gradient, step if it is finite, then zero it. Returns the norm before clipping."""
     norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), max_norm)
     norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
     for optimizer in optimizers:

@@ -64,7 +64,7 @@ def train_tokenizer(config: Config) -> PreTrainedTokenizerFast:
     trainer = trainers.WordLevelTrainer(special_tokens=control + tags)
     tokenizer.train_from_iterator(town_texts(), trainer)
     state = json.loads(tokenizer.to_str())
-    for token in state["added_tokens"]:  # a tag is one token, but a response may write it
+    for token in state["added_tokens"]:  # tags are not special tokens: responses contain them
         token["special"] = token["content"] in control
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(json.dumps(state)),
