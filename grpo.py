@@ -236,7 +236,8 @@ def main():
     config, args = parse_args("GRPO from an SFT policy.", resume=True, default_runs=("sft",))
     run = Run(config, "grpo", args.resume)
     train(run, config, args)
-    run.finish(config.grpo_steps, f"python evaluate.py --name {config.name}")
+    test_file = " --data TEST_FILE" if config.data else ""
+    run.finish(config.grpo_steps, f"python evaluate.py --name {config.name}{test_file}")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python sft.py                                    the town, a tiny model, on a CPU: runs/town/sft
     python sft.py --preset smollm2 --name smol       a chat model, on the town
-    python sft.py --preset smollm2 --task hotpotqa --data hotpot_train.json --documents 8
+    python sft.py --preset smollm2 --task hotpotqa --data hotpot_train_v1.1.json --questions 1
     python sft.py --demonstrations taught.jsonl ...  a teacher's episodes, made by tools/teach.py
 
 1. Demonstrators play training tasks through the agent loop, one block of tasks at a time. In the

@@ -1,7 +1,7 @@
 """Ask about your own text: a trained agent reads it and answers from its memory.
 
-    python -m tools.ask "Where does Anna live?" "Who is Ben?" --file notes.txt --memory notes.memory
-    python -m tools.ask "What is Anna's job?" --memory notes.memory         without reading again
+    python -m tools.ask "Where does Anna live?" --file notes.txt --memory notes.memory
+    python -m tools.ask "Which pet does Anna have?" --memory notes.memory  without reading again
 
 The run of --from or --name answers. Each answer is printed with the entries that were shown when it
 was given, and the lines of the file that they come from.
