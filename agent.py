@@ -77,7 +77,7 @@ class Response:
     ids: list[int] = field(default_factory=list)  # exactly as sampled, the end token included
     logprobs: list[float] = field(default_factory=list)  # of `ids`, under the sampling distribution
     truncated: bool = False  # stopped by the token limit
-    observation: Observation | None = None  # as it was shown, if it was shortened
+    observation: Observation | None = None  # as the policy saw it; None: as given
 
 
 @dataclass

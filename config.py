@@ -14,6 +14,7 @@ import os
 from argparse import ArgumentParser, Namespace
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Optional
 
 from transformers import HfArgumentParser
 
@@ -23,8 +24,9 @@ COMPLETE = ("saved", "memagent", "babilong", "locomo", "longmemeval", "memoryage
 TASKS = ("town", *BUILT, *COMPLETE)
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio", "swanlab", "comet_ml", "aim", "clearml")
 OPERATIONS = ("create", "read", "update", "delete", "scratchpad")
-# Settings that may change when a run is resumed: its length, its logging and its device.
-MAY_CHANGE = ("sft_steps", "grpo_steps", "save_every", "log_with", "cpu")
+# Settings that may change when a run is resumed: its length and logging, the device and its memory.
+MAY_CHANGE = ("sft_steps", "grpo_steps", "save_every", "log_with", "cpu", "bf16")
+MAY_CHANGE += ("micro_batch_tokens", "sample_rows", "gradient_checkpointing")
 
 
 class BadInput(SystemExit, ValueError):
@@ -67,15 +69,13 @@ class Config:
     hidden_size: int = setting(128, "tiny model: width")
     layers: int = setting(3, "tiny model: depth")
     heads: int = setting(4, "tiny model: attention heads of 64 dimensions")
-    bf16: bool = setting(False, "passes in bf16 on a CPU too (fast with AMX or AVX512-BF16)")
+    bf16: Optional[bool] = setting(None, "passes in bf16 (default: on a GPU alone)")  # noqa: UP045
     temperature: float = setting(1.0, "sampling temperature in training (paper: 1)")
     sample_rows: int = setting(256, "prompts sampled in one batch")
     # --- training, both stages ----------------------------------------------------------------
     optimizer: str = setting("muon", "'muon' (for matrices; AdamW for the rest) or 'adamw'")
-    micro_batch_tokens: int = setting(
-        2048, "maximum tokens, padding included, in one training pass"
-    )
-    recompute: bool = setting(False, "recompute layers in the backward pass: slower, less memory")
+    micro_batch_tokens: int = setting(2048, "most tokens in a training pass, padding included")
+    gradient_checkpointing: bool = setting(False, "recompute layers: less memory, slower")
     max_grad_norm: float = setting(1.0, "gradients are clipped to this norm")
     save_every: int = setting(25, "steps between checkpoints, and GRPO's held-out evaluations")
     seed: int = setting(42, "seed of everything random (paper: 42)")
@@ -191,7 +191,7 @@ PRESETS = {
     "paper": LARGE | dict(
         task="hotpotqa", model="Qwen/Qwen3-8B", embedder="Qwen/Qwen3-Embedding-0.6B",
         chunk_tokens=4096, max_prompt_tokens=16384, max_response_tokens=4096, tasks_per_step=16,
-        group_size=16, recompute=True,
+        group_size=16, gradient_checkpointing=True,
     ),
 }  # fmt: skip
 
@@ -224,12 +224,7 @@ def parse_args(
         early, _ = first.parse_known_args()
         start = getattr(early, "resume", None) or early.start or next(iter(early.runs), None)
         need(not (start and early.model), "--model is for a new run: --from RUN has its own model")
-        if not (start or early.preset or early.model):
-            run = Path("runs") / (early.name or early.task or "town")
-            found = (run / stage for stage in default_runs)
-            start = next((one for one in found if (one / "config.json").exists()), None)
-            if start:
-                print(f"starting from {start}")
+        start = start or default_run(early, default_runs)
         saved = load_settings(start)[1] if start else {}
         parser.set_defaults(**PRESETS[early.preset or "town"] | saved)
         if start and Path(start).parent.parent.name == "runs":  # runs/NAME/STAGE
@@ -278,3 +273,21 @@ def load_settings(run: str | Path) -> tuple[str, dict]:
         raise BadInput(f"{run} is not a run folder such as runs/town/sft: {error!r}") from error
     need(not wrong, f"{path} has settings that this version does not know: {', '.join(wrong)}")
     return stage, values
+
+
+def default_run(early: Namespace, stages: tuple[str, ...]) -> str | None:
+    """runs/NAME/STAGE of the first stage that exists, unless --preset or --model is given."""
+    folders = [Path("runs") / (early.name or early.task or "town") / stage for stage in stages]
+    found = next((one for one in folders if (one / "config.json").exists()), None)
+    new = early.preset or early.model
+    if found:
+        unused = f"{found} is not used, because --preset and --model are for new runs"
+        print(unused if new else f"starting from {found}")
+    return str(found) if found and not new else None
+
+
+def check_new_file(flag: str, path: str | Path, overwrite: bool):
+    """Raises BadInput if the file given by `flag` has no folder, or may not be overwritten."""
+    path = Path(path)
+    need(path.absolute().parent.is_dir(), f"{flag} {path}: there is no folder {path.parent}")
+    need(overwrite or not path.exists(), f"{flag} {path} exists: replace it with --overwrite")

@@ -75,9 +75,13 @@ def open_contestants(config: Config, runs: list, device, gold: bool = False) -> 
     """The models of `runs` (see chosen_runs), else --model. Raises BadInput if there is none."""
     # Autocast would convert a pretrained model's weights for each token.
     dtype = compute_dtype(config, device) if config.model else torch.float32
-    found = []
+    found, first = [], None
     for label, run in runs:
         checkpoint, (stage, settings) = latest_checkpoint(run), load_settings(run)
+        first = first or settings  # all runs play under the settings of the first one
+        for name in ("disable", "dialect", "instruction"):
+            same = settings.get(name) == first.get(name)
+            need(same, f"{run} was trained with another --{name} than {runs[0][1]}: test it alone")
         if checkpoint.name != step_name(settings[f"{stage}_steps"]):
             label += f" {checkpoint.name}"  # the run was stopped before its end
         found.append((label, load_policy(checkpoint, config, dtype).to(device)))
@@ -268,13 +272,6 @@ def row_label(label: str, config: Config, change: dict, variant: str = "") -> st
     size = f"{config.length}x" if config.task == "town" else size
     swept = [f"{key} {change[key]}" for key in change if key not in ("length", "documents")]
     return " ".join(filter(None, [label, size, *swept, variant]))
-
-
-def check_new_file(flag: str, path: str | Path, overwrite: bool):
-    """Raises BadInput if the file given by `flag` has no folder, or may not be overwritten."""
-    path = Path(path)
-    need(path.absolute().parent.is_dir(), f"{flag} {path}: there is no folder {path.parent}")
-    need(overwrite or not path.exists(), f"{flag} {path} exists: replace it with --overwrite")
 
 
 def new_file(config: Config, parts: list[str]) -> Path:

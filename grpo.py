@@ -23,7 +23,6 @@ critic. With one update per rollout, pi_old is pi itself: rho is 1, but its grad
 """
 
 import time
-from argparse import Namespace
 from dataclasses import replace
 
 import torch
@@ -102,6 +101,7 @@ def rollout_sums(episodes: list[Episode], samples: list[Sample], advantages: tor
         "samples": len(samples),
         "sample_tokens": sum(len(one.prompt_ids) + len(one.response_ids) for one in samples),
         "dead_groups": (advantages == 0).all(dim=1).sum().item(),
+        "groups": len(advantages),
     }
 
 
@@ -128,15 +128,16 @@ def grpo_step(
 ) -> dict[str, float]:
     """Collective: one optimiser step on this process's samples. Returns metrics of all processes.
 
-    num_tokens: N, over all processes. The loss is divided by N. The other metrics are means over
-    the tokens of `samples`, which are the tokens that have a gradient.
+    num_tokens: N, over all processes. The loss is divided by N. Entropy, clipped, kl and ratio are
+    means over the tokens of `samples`, which are the tokens that have a gradient.
     """
     sums = dict.fromkeys(("loss", "entropy", "clipped", "kl", "ratio", "scored"), 0.0)
     differences = [torch.zeros(1, device=accelerator.device)]
     for batch in dist.shared_batches(model, samples, config.micro_batch_tokens, accelerator):
         logprobs, entropy = model(batch)  # (n,)
-        pairs = [(torch.as_tensor(one.advantage), len(one.response_ids)) for one in batch]
-        advantages = torch.cat([value.expand(size) for value, size in pairs]).to(logprobs)  # (n,)
+        advantages = torch.cat(
+            [torch.as_tensor(one.advantage).expand(len(one.response_ids)) for one in batch]
+        ).to(logprobs)  # (n,)
         sampled = torch.tensor([x for sample in batch for x in sample.logprobs]).to(logprobs)
         if batch[0].old_logprobs is None:
             old = logprobs.detach()
@@ -186,10 +187,10 @@ def update_policy(model, reference, samples, counts: dict, optimizers, accelerat
     return steps[-1] | first | {"grad_norm": sum(one["grad_norm"] for one in steps) / updates}
 
 
-def train(run: Run, config: Config, args: Namespace):
+def train(run: Run, config: Config, start: str | None):
     """Run the remaining steps, from the run's newest checkpoint or from the starting model."""
     accelerator, embed = run.accelerator, load_embedder(config.embedder, run.accelerator.device)
-    start = starting_model(run, config, args.start)
+    start = starting_model(run, config, start)
     need(start, "no model to start from: run sft.py (--preset ignores its run), or give --from RUN")
     policy = load_policy(start, config)
     train_task = load_tasks(config, "train", policy.count)
@@ -217,13 +218,14 @@ def train(run: Run, config: Config, args: Namespace):
         samples = to_samples(episodes, advantages.flatten().tolist(), keep_all=config.kl > 0)
         counts = dist.all_reduce_sum(rollout_sums(episodes, samples, advantages), accelerator)
         factor = lr_factor(step, config.grpo_steps, config.warmup_steps, config.grpo_decay)
-        set_lr(optimizers, factor * config.grpo_lr)
+        lr = factor * config.grpo_lr
+        set_lr(optimizers, lr)
         metrics = summarize(counts)
         metrics |= update_policy(model, reference, samples, counts, optimizers, accelerator, config)
         dist.sync_weights(rollout_model, policy)
-        metrics["dead_groups"] = counts["dead_groups"] / config.tasks_per_step
+        metrics["dead_groups"] = counts["dead_groups"] / counts["groups"]
         metrics["bad_steps"] = count_bad_steps(run.metrics, metrics)
-        metrics |= {"lr": factor * config.grpo_lr, "rollout_seconds": rollout_seconds}
+        metrics |= {"lr": lr, "rollout_seconds": rollout_seconds}
         metrics["seconds"] = time.perf_counter() - started
         metrics["tokens_per_second"] = counts["sample_tokens"] / metrics["seconds"]
         if step % config.save_every == 0 or step == config.grpo_steps:
@@ -235,7 +237,7 @@ def train(run: Run, config: Config, args: Namespace):
 def main():
     config, args = parse_args("GRPO from an SFT policy.", resume=True, default_runs=("sft",))
     run = Run(config, "grpo", args.resume)
-    train(run, config, args)
+    train(run, config, args.start)
     test_file = " --data TEST_FILE" if config.data else ""
     run.finish(config.grpo_steps, f"python evaluate.py --name {config.name}{test_file}")
 

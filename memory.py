@@ -46,9 +46,7 @@ class Memory:
         self.scratchpad = ""
         self.texts: dict[int, str] = {}  # id -> text, oldest first
         self.next_id = 0
-        self._row: dict[int, int] = {}  # id -> row of the two arrays below
-        self._ids = np.zeros(0, dtype=np.int64)  # (rows,); rows >= n, spare ones at the end
-        self._vectors = np.zeros((0, 0), dtype=np.float32)  # (rows, d)
+        self.vectors: dict[int, np.ndarray] = {}  # id -> (d,), of unit length
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -57,14 +55,7 @@ class Memory:
         """Append an entry and return its id, or None if the store is full. vector: (d,)."""
         if self.capacity and len(self) >= self.capacity:
             return None
-        row = len(self)
-        if row == len(self._ids):  # no spare row: doubling makes the copies O(1) per entry
-            rows = row + max(8, row)
-            vectors = np.zeros((rows, len(vector)), np.float32)
-            vectors[:row] = self._vectors.reshape(row, len(vector))
-            self._ids, self._vectors = np.resize(self._ids, rows), vectors
-        self._ids[row], self._vectors[row] = self.next_id, vector
-        self.texts[self.next_id], self._row[self.next_id] = text, row
+        self.texts[self.next_id], self.vectors[self.next_id] = text, vector
         self.next_id += 1
         return self.next_id - 1
 
@@ -72,20 +63,13 @@ class Memory:
         """Replace an entry's text and vector. It keeps its id. False if there is no such entry."""
         if id not in self.texts:
             return False
-        self.texts[id] = text
-        self._vectors[self._row[id]] = vector
+        self.texts[id], self.vectors[id] = text, vector
         return True
 
     def delete(self, id: int) -> bool:
-        """Remove an entry. The last row moves into its place. False if there is no such entry."""
-        if id not in self.texts:
-            return False
-        del self.texts[id]
-        row, last = self._row.pop(id), len(self.texts)
-        if row != last:
-            self._ids[row], self._vectors[row] = self._ids[last], self._vectors[last]
-            self._row[int(self._ids[row])] = row
-        return True
+        """Remove an entry. False if there is no such entry."""
+        self.vectors.pop(id, None)
+        return self.texts.pop(id, None) is not None
 
     def search(self, vector: np.ndarray, k: int) -> list[Entry]:
         """The k entries most similar to `vector`, best first: TopK_i sim(q, m_i), eq. 6.
@@ -95,17 +79,13 @@ class Memory:
         older ones are retrieved first, but ties are listed by their text. A list by age would show
         which of two contradicting entries is newer, and a vector store does not know that.
         """
-        n = len(self)
-        if n == 0:
+        if not self.texts:
             return []
-        rough = self._vectors[:n] @ vector  # (n,), fast, but rounded differently in each row
-        kth_best = np.partition(rough, -k)[-k] if n > k else -1.0
-        rows = np.flatnonzero(rough >= kth_best - 1e-4)
-        # Recompute the few candidates row by row in float64, so that equal texts tie exactly.
-        exact = (self._vectors[rows].astype(np.float64) * vector).sum(1).round(9)
-        ids = self._ids[rows]
-        best = [i for i in np.lexsort((ids, -exact)) if exact[i] > 1e-6][:k]
-        shown = sorted((-exact[i], self.texts[int(ids[i])], int(ids[i])) for i in best)
+        ids = list(self.texts)
+        vectors = np.stack(list(self.vectors.values())).astype(np.float64)  # (n, d)
+        cosines = (vectors * vector).sum(1).round(9)  # (n,); equal texts tie exactly
+        best = [i for i in np.lexsort((ids, -cosines)) if cosines[i] > 1e-6][:k]
+        shown = sorted((-cosines[i], self.texts[ids[i]], ids[i]) for i in best)
         return [Entry(id, text) for _, text, id in shown]
 
     def sample(self, rng, k: int) -> list[Entry]:

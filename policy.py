@@ -59,10 +59,10 @@ class LanguageModel(torch.nn.Module):
         check_model(model, tokenizer, config)
         self.model, self.tokenizer, self.config = model, tokenizer, config
         self.temperature = config.temperature if temperature is None else temperature
-        if config.recompute and not model.is_activation_checkpointing:
+        if config.gradient_checkpointing and not model.is_activation_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
-        # Recomputed layers cannot use a cache. MPT and GPT-Neo count the padding after a prefix.
-        unsuited = config.recompute or model.config.model_type in ("mpt", "gpt_neo")
+        # In training, checkpointed layers use no cache. MPT and GPT-Neo count a prefix's padding.
+        unsuited = config.gradient_checkpointing or model.config.model_type in ("mpt", "gpt_neo")
         self.share_prefix = not (unsuited or any(DynamicCache(config=model.config).is_sliding))
         self.chat = Chat(tokenizer, config.instruction or instruction(config))
         ends = model.generation_config.eos_token_id or []  # a chat model often has two
@@ -76,7 +76,7 @@ class LanguageModel(torch.nn.Module):
         return LanguageModel(self.model, self.tokenizer, config, temperature)
 
     def autocast(self):
-        """For passes of the model, in sampling and scoring alike. The weights stay fp32."""
+        """For all passes of the model. Weights that are trained stay fp32."""
         dtype = compute_dtype(self.config, self.model.device)
         return torch.autocast(self.model.device.type, dtype, enabled=dtype != torch.float32)
 
@@ -131,17 +131,17 @@ class LanguageModel(torch.nn.Module):
 
         Equal prompts are read once and then fanned out. A row that has ended leaves the batch.
         """
-        unique, which = unique_rows(map(tuple, prompts))
+        unique, inverse = unique_rows(map(tuple, prompts))
         cache, shared = self.read_prefix(unique, max_tokens=min(map(len, unique)) - 1)
         rest = [row[shared:] for row in unique]
         longest = max(map(len, rest))  # P
         ids = torch.tensor([[0] * (longest - len(row)) + list(row) for row in rest])  # (U, P)
         mask = [[1] * shared + [0] * (longest - len(row)) + [1] * len(row) for row in rest]
-        parts = (ids, torch.tensor(mask), torch.tensor(which))
-        ids, mask, which = (part.to(self.model.device) for part in parts)
-        logits = self.next_logits(ids, mask, cache)[which]  # (B, V)
-        cache.batch_select_indices(which)
-        mask = mask[which]  # (B, P)
+        parts = (ids, torch.tensor(mask), torch.tensor(inverse))
+        ids, mask, inverse = (part.to(self.model.device) for part in parts)
+        logits = self.next_logits(ids, mask, cache)[inverse]  # (B, V)
+        cache.batch_select_indices(inverse)
+        mask = mask[inverse]  # (B, shared + P)
         ends = torch.tensor(sorted(self.end_ids), device=ids.device)
         running = list(range(len(prompts)))  # the index of each row's prompt
         responses = [([], []) for _ in prompts]
@@ -222,13 +222,14 @@ class LanguageModel(torch.nn.Module):
     def forward(self, samples: list[Sample]) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probs (N,) of the response tokens, and entropies (N,) of the distributions at their
         positions, both in the order of `samples`. Equal rows go through the model once."""
-        unique, which = unique_rows(sample.key for sample in samples)
+        unique, inverse = unique_rows(sample.key for sample in samples)
         rows = [[*prompt, *response] for prompt, response in unique]
         shortest = min(len(prompt) for prompt, _ in unique)
-        self.set_recompute()
+        self.set_checkpointing()
         cache, shared = self.read_prefix(rows, max_tokens=shortest - 1)
-        longest = max(map(len, rows)) - shared  # T
-        ids = torch.tensor([row[shared:] + [0] * (longest + shared - len(row)) for row in rows])
+        rest = [row[shared:] for row in rows]
+        longest = max(map(len, rest))  # T
+        ids = torch.tensor([row + [0] * (longest - len(row)) for row in rest])  # (U, T)
         ids = ids.to(self.model.device)
         # Attention is causal: tokens never see the padding on their right, so no mask is needed.
         with self.autocast():
@@ -237,13 +238,13 @@ class LanguageModel(torch.nn.Module):
             hidden = decoder(input_ids=ids, cache=past, use_cache=shared > 0).last_hidden_state
         # The token at position t is predicted at t - 1. Only lengths matter, not token values.
         starts = [len(prompt) - shared - 1 for prompt, _ in unique]
-        spans = [slice(start, start + len(one)) for start, (_, one) in zip(starts, unique)]
+        sizes = [len(response) for _, response in unique]
+        spans = [slice(start, start + size) for start, size in zip(starts, sizes)]
         hidden = torch.cat([row[span] for row, span in zip(hidden, spans)])  # (n, D)
         targets = torch.cat([row[1:][span] for row, span in zip(ids, spans)])  # (n,)
-        sizes = [len(response) for _, response in unique]
         logprobs, entropy = self.score_tokens(hidden, targets)
         logprobs, entropy = logprobs.split(sizes), entropy.split(sizes)
-        return torch.cat([logprobs[i] for i in which]), torch.cat([entropy[i] for i in which])
+        return torch.cat([logprobs[i] for i in inverse]), torch.cat([entropy[i] for i in inverse])
 
     def score_tokens(self, hidden: torch.Tensor, targets: torch.Tensor) -> tuple:
         """Log-probs (n,), entropies (n,). Computed in slices, and again in the backward pass, so
@@ -268,10 +269,10 @@ class LanguageModel(torch.nn.Module):
         logits = self.model.get_output_embeddings()(hidden)
         return self.softcap * (logits / self.softcap).tanh() if self.softcap else logits
 
-    def set_recompute(self):
-        """Turn recomputation on if gradients are enabled. transformers recomputes a layer only if
-        its `training` is set. No other module's is set, so dropout stays off."""
-        for layer in self.model.modules() if self.config.recompute else ():
+    def set_checkpointing(self):
+        """Turn gradient checkpointing on if gradients are enabled: transformers recomputes a layer
+        only if its `training` is set. No other module's is set, so attention dropout stays off."""
+        for layer in self.model.modules() if self.config.gradient_checkpointing else ():
             if isinstance(layer, GradientCheckpointingLayer):
                 layer.training = torch.is_grad_enabled()
 
@@ -284,8 +285,9 @@ class LanguageModel(torch.nn.Module):
 
 
 def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
-    """The dtype of matrix products: bf16 on a GPU and with --bf16."""
-    return torch.bfloat16 if config.bf16 or device.type == "cuda" else torch.float32
+    """The dtype of matrix products: that of --bf16, or bf16 on a GPU and fp32 elsewhere."""
+    bf16 = device.type == "cuda" if config.bf16 is None else config.bf16
+    return torch.bfloat16 if bf16 else torch.float32
 
 
 def check_model(model, tokenizer, config: Config):
@@ -328,7 +330,7 @@ def load_policy(name: str | Path, config: Config, dtype=torch.float32) -> Langua
         ids = torch.arange(min(8, policy.known_ids))[None]
         logits = policy.head(decoder(input_ids=ids, use_cache=False).last_hidden_state)
         expected = model(input_ids=ids).logits
-        same = torch.allclose(logits, expected, rtol=1e-3, atol=1e-3, equal_nan=True)
+        same = torch.allclose(logits.float(), expected.float(), 1e-3, 1e-3, equal_nan=True)
     need(same, f"{name} transforms its logits in a way that scoring does not support")
     return policy
 

@@ -19,7 +19,6 @@ import itertools
 import math
 import random
 import time
-from argparse import Namespace
 from collections.abc import Iterator
 
 from accelerate import Accelerator
@@ -131,10 +130,10 @@ def sft_step(
     return dist.all_reduce_sum(sums, accelerator) | {"grad_norm": grad_norm}
 
 
-def train(run: Run, config: Config, args: Namespace):
+def train(run: Run, config: Config, start: str | None):
     """Run the remaining steps, from the run's newest checkpoint or from the base model."""
     accelerator = run.accelerator
-    start = starting_model(run, config, args.start)
+    start = starting_model(run, config, start)
     need(start or config.task == "town", f"--task {config.task} needs a --model: a chat model")
     policy = load_policy(start, config) if start else create_policy(config)
     embed = load_embedder(config.embedder, accelerator.device)
@@ -150,11 +149,12 @@ def train(run: Run, config: Config, args: Namespace):
     for step, batch in zip(run.steps(config.sft_steps), remaining):
         started = time.perf_counter()
         factor = lr_factor(step, config.sft_steps, warmup=config.sft_steps // 10, decay=0.6)
-        set_lr(optimizers, factor * config.sft_lr)
+        lr = factor * config.sft_lr
+        set_lr(optimizers, lr)
         num_tokens = sum(len(sample.response_ids) for sample in batch)
         samples = dist.shard(batch, accelerator)
         metrics = sft_step(model, samples, num_tokens, optimizers, accelerator, config)
-        metrics["lr"] = factor * config.sft_lr
+        metrics["lr"] = lr
         metrics["bad_steps"] = count_bad_steps(run.metrics, metrics)
         metrics["seconds"] = time.perf_counter() - started
         read = num_tokens + sum(len(sample.prompt_ids) for sample in batch)
@@ -169,7 +169,7 @@ def train(run: Run, config: Config, args: Namespace):
 def main():
     config, args = parse_args("Supervised fine-tuning on demonstrations.", resume=True)
     run = Run(config, "sft", args.resume)
-    train(run, config, args)
+    train(run, config, args.start)
     run.finish(config.sft_steps, f"python grpo.py --name {config.name}")
 
 

@@ -1,4 +1,4 @@
-"""LoRA: train small adapters instead of all weights, for any chat model (pip install peft).
+"""LoRA: train small adapters instead of all weights of a chat model (pip install peft).
 
     python -m forks.lora sft --preset smollm2 --sft_lr 2e-3 --name lora
     python -m forks.lora grpo --name lora --grpo_lr 2e-4
@@ -9,11 +9,11 @@ training. A checkpoint holds the adapters alone: from_pretrained opens it togeth
 model, which must stay where it was. Rollouts use the same weights. For one process.
 """
 
-import json
 import sys
 from pathlib import Path
 
 from accelerate import PartialState
+from safetensors.torch import load_file
 from transformers import integrations
 
 import evaluate
@@ -32,20 +32,21 @@ integrations.peft.MIN_PEFT_VERSION = "0.21"
 def load_policy(name, config, *_):
     """policy.load_policy, with adapters. Only the adapters are trained, so the base model may
     be in bf16 wherever passes run in bf16."""
-    from peft import LoraConfig  # here, so that the tests run without it
+    from peft import LoraConfig, set_peft_model_state_dict  # here: the tests run without it
 
-    dtype = policy.compute_dtype(config, PartialState().device)
-    saved = Path(name) / "adapter_config.json"  # in a checkpoint
-    base = json.loads(saved.read_text())["base_model_name_or_path"] if saved.exists() else name
-    loaded = load_all(base, config, dtype)
-    if saved.exists():
-        loaded.model.load_adapter(str(name))
-    else:
-        loaded.model.add_adapter(LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear"))
+    adapters = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear")
+    saved = (Path(name) / "adapter_config.json").exists()  # in a checkpoint
+    if saved:
+        adapters = LoraConfig.from_pretrained(name)
+    base = adapters.base_model_name_or_path if saved else name
+    loaded = load_all(base, config, policy.compute_dtype(config, PartialState().device))
+    loaded.model.add_adapter(adapters)
     for key, parameter in loaded.model.named_parameters():
-        if "lora_" in key:
-            parameter.data = parameter.data.float()
         parameter.requires_grad = "lora_" in key
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    if saved:  # only now, because loading rounds to the parameters' dtype
+        set_peft_model_state_dict(loaded.model, load_file(Path(name) / "adapter_model.safetensors"))
     return loaded
 
 

@@ -189,7 +189,7 @@ def test_any_response_is_survived(embed, dialect, number):
         store, memory = replay(episode), episode.memory
         assert store == memory.texts and len(memory) == len(store)
         for id, text in store.items():
-            assert (memory._vectors[memory._row[id]] == embed([text])[0]).all()
+            assert (memory.vectors[id] == embed([text])[0]).all()
         assert episode.done and len(episode.turns) <= 31 * (1 + config.max_reads)
         assert 0 <= episode.reward <= 1
 

@@ -4,8 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from config import PRESETS, TASKS, BadInput, Config, load_settings, parse_args
-from evaluate import check_new_file
+from config import PRESETS, TASKS, BadInput, Config, check_new_file, load_settings, parse_args
 from training.checkpoint import Run
 
 
@@ -110,9 +109,9 @@ def test_an_own_instruction_is_stored_with_the_run(parse, refused):
 
 def test_a_flag_switches_off_what_a_run_switched_on(parse):
     """Bug: a saved True cannot be overridden, because the flag takes no value."""
-    run = write_run("runs/old", recompute=True)
-    assert parse(f"--from {run}")[0].recompute is True
-    assert parse(f"--from {run} --recompute False")[0].recompute is False
+    run = write_run("runs/old", gradient_checkpointing=True)
+    assert parse(f"--from {run}")[0].gradient_checkpointing is True
+    assert parse(f"--from {run} --gradient_checkpointing False")[0].gradient_checkpointing is False
 
 
 def test_a_run_of_the_name_is_the_default_and_announced(parse, capsys):
@@ -140,6 +139,8 @@ def test_a_run_of_the_name_is_the_default_and_announced(parse, capsys):
     assert found("--name mine", ()) == ("mine", top_k, None)
     assert found("--name other") == ("other", top_k, None)
     assert found("--name mine --preset town") == ("mine", top_k, None)
+    parse("--name mine --model m", default_runs=stages)
+    assert "runs/mine/grpo is not used, because" in capsys.readouterr().out.replace("\\", "/")
     # evaluate.py's --runs: the settings of a table are those of the first run
     flags = [("--runs", dict(nargs="*"))]
     config, args = parse("--runs runs/mine/sft runs/town/sft", extra=flags, default_runs=stages)

@@ -282,6 +282,12 @@ def test_which_runs_are_compared(call, tmp_path, tiny):
     assert rows[0]["em"] == rows[1]["em"] == rows[2]["em"]
     with pytest.raises(BadInput, match="--runs or --endpoint"):
         call("--runs", "my copy", "--endpoint", "http://localhost:1")
+    other = tmp_path / "other"  # its prompts would lack what the first run's have
+    shutil.copytree(tmp_path / "my copy", other)
+    text = (other / "config.json").read_text()
+    (other / "config.json").write_text(text.replace('"disable": []', '"disable": ["update"]'))
+    with pytest.raises(BadInput, match="other was trained with another --disable than my copy"):
+        call(*one, "--runs", "my copy", "other")
     shutil.rmtree(tmp_path / "runs/town/sft")
     rows = call("--ablate")
     assert [row["label"] for row in rows] == [f"grpo 1x {name}" for name in evaluate.ABLATIONS]

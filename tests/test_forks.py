@@ -4,6 +4,7 @@ import importlib
 import json
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -136,9 +137,63 @@ def test_adapters_are_trained(call, monkeypatch):
     assert sum(file.stat().st_size for file in newest.glob("*.safetensors")) < 100_000
     policy = sft.load_policy(newest, Config(max_prompt_tokens=2000))
     assert torch.equal(policy.model(ids).logits, tuned(ids).logits)
+    exact = dict(policy.named_parameters())
     rounded = sft.load_policy(newest, Config(max_prompt_tokens=2000, bf16=True))
     for name, weight in rounded.named_parameters():
         assert weight.dtype == (torch.float32 if "lora_" in name else torch.bfloat16)
+        assert "lora_" not in name or torch.equal(weight, exact[name])
     call(sft, "--resume", "runs/town/sft", "--sft_steps", 5)
-    call(grpo, *short, "--max_response_tokens", 40, "--bf16")
+    call(grpo, *short, "--max_response_tokens", 40, "--bf16", "true")
     assert "grpo 1x" in call(evaluate, "--eval_tasks", 1, "--sweep", "length=1", "--cpu")
+
+
+class Reader:
+    """Stores both facts, Reads the name asked, and answers "cat" if it is shown, else at random."""
+
+    def __init__(self):
+        self.chat = self  # it decodes its own ids: one per character
+
+    def decode(self, ids):
+        return "".join(map(chr, ids))
+
+    def respond(self, observations):
+        return [self.reply(one) for one in observations]
+
+    def reply(self, shown):
+        text = f"<create_memory>{shown.chunk}</create_memory>"
+        if shown.question and shown.query != "Anna":
+            text = "<read_memory>Anna</read_memory>"
+        elif shown.question:
+            answer = "cat" if shown.entries else shown.rng.choice(["dog", "rat"])
+            text = f"<answer>{answer}</answer>"
+        return agent.Response(text, len(text), [1], list(map(ord, text)), [-1.0] * len(text))
+
+
+FACTS = ["Anna has a cat", "Ben has a dog"]
+
+
+def test_credit_by_hiding_an_entry(config, embed):
+    """Bug: an entry gets the credit of another one, or a token that of another operation."""
+    credit, task = load("credit"), make_task(FACTS, answers=["cat"])
+    episodes = credit.hide([task] * 2, Reader(), config, embed, scoring.exact_match, 0)
+    assert [len(episode.turns) for episode in episodes] == [4, 4]
+    assert credit.step["credit"] == [{0: 1.0}, {0: 1.0}]  # the dog is never shown
+    assert credit.step["useless"] == 1
+    samples = credit.credited_samples(episodes, [0.5, 0.0], keep_all=False)
+    advantages = [sample.advantage.unique().tolist() for sample in samples]
+    useful, useless = ((1 - credit.PRICE) / 2, -credit.PRICE / 2)  # half of it: MIX
+    expected = [useful + 0.25], [useless + 0.25], [0.5], [0.5], [useful], [useless]
+    assert advantages == [pytest.approx(one) for one in expected]
+
+
+def test_branches_start_from_the_same_state(config, embed):
+    """Bug: the episodes of a group differ before their first turn, or are all the same."""
+    credit, task = load("credit"), make_task(FACTS, answers=["cat"])
+    config.group_size, config.disable = 16, ["create"]
+    episodes = credit.branch([task] * 16, Reader(), config, embed, scoring.exact_match, 0)
+    assert len(episodes) == 16 * credit.BRANCHES and all(one.done for one in episodes)
+    for start in range(0, len(episodes), 16):
+        group = episodes[start : start + 16]
+        assert len({repr(replace(one.turns[0].observation, rng=None)) for one in group}) == 1
+        assert len({one.answers[0] for one in group}) == 2
+    assert {len(one.turns) for one in episodes} <= {1, 2, 3, 4}

@@ -84,7 +84,8 @@ def test_dead_groups_are_counted_by_group():
     """Bug: an episode at the mean of its group counts as dead, or one live group hides the
     others."""
     advantages = torch.tensor([[0.0, 0.0, 0.0], [0.5, -0.5, 0.0], [0.0, 0.0, 0.0]])
-    assert grpo.rollout_sums([], [], advantages)["dead_groups"] == 2
+    sums = grpo.rollout_sums([], [], advantages)
+    assert sums["dead_groups"] == 2 and sums["groups"] == 3
 
 
 # --- the loss (rules 3, 5, 7, 9) ------------------------------------------------------------------

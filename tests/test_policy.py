@@ -32,7 +32,7 @@ from transformers.utils.logging import warning_once
 from agent import TAGS, Observation, instruction, render, run_episodes
 from config import BadInput, Config
 from memory import Entry
-from policy import LanguageModel, Sample, load_policy
+from policy import LanguageModel, Sample, compute_dtype, load_policy
 from tasks.demonstrators import TownDemonstrator
 from tasks.scoring import exact_match
 from tasks.town import town_task
@@ -432,14 +432,16 @@ def scored(policy, samples):
 
 
 @pytest.mark.parametrize("window", [None, 10])
-@pytest.mark.parametrize("recompute", [False, True])
-def test_a_common_prefix_is_scored_once(tiny, window, recompute):
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+def test_a_common_prefix_is_scored_once(tiny, window, gradient_checkpointing):
     """Bug: the keys and values of the prefix get no gradient, or that of one row alone; the rows
     after it are at wrong positions; a sliding window or recomputed layers are read wrongly."""
-    policy = qwen3(tiny.tokenizer, Config(recompute=recompute), window=window)
+    policy = qwen3(
+        tiny.tokenizer, Config(gradient_checkpointing=gradient_checkpointing), window=window
+    )
     samples, rows = common_prefix_rows(6), forward_rows(policy)
     together = scored(policy, samples)
-    assert rows == ([5] if window or recompute else [1, 5])
+    assert rows == ([5] if window or gradient_checkpointing else [1, 5])
     policy.share_prefix = False
     for one, other in zip(together, scored(policy, samples)):
         assert torch.allclose(one, other, atol=1e-5)
@@ -509,7 +511,7 @@ def test_scoring_in_slices_changes_nothing(tiny, monkeypatch):
 def test_recomputing_layers_changes_nothing(tiny):
     """Bug: layers that are recomputed in the backward pass give other gradients, or fill no cache
     when the policy samples, or nothing is recomputed at all."""
-    again = tiny_policy(recompute=True)
+    again = tiny_policy(gradient_checkpointing=True)
     samples, calls = [Sample([5, 6, 7], [8, 9, 1]), Sample([5], [9])], []
     layer = again.model.get_decoder().layers[0]
     layer.mlp.register_forward_pre_hook(lambda *_: calls.append(1))
@@ -535,6 +537,14 @@ def test_a_process_without_rows_takes_part(tiny):
     assert logprobs.shape == entropy.shape == (0,)
     logprobs.sum().backward()
     assert all(p.grad is not None and not p.grad.any() for p in tiny.parameters())
+
+
+def test_which_dtype():
+    """Bug: bf16 cannot be switched off on a GPU, to tell rounding from a fault."""
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    for bf16, expected in ((None, (True, False)), (True, (True, True)), (False, (False, False))):
+        found = [compute_dtype(Config(bf16=bf16), one) == torch.bfloat16 for one in (gpu, cpu)]
+        assert tuple(found) == expected
 
 
 @pytest.mark.parametrize("model", ["", "a pretrained one"])
@@ -677,7 +687,11 @@ def test_multimodal_and_capped_models(tiny, tmp_path, kind):
     has none; capped logits are scored as if they were not; or a gradient is expected for the
     vision tower, which a text never reaches."""
     torch.manual_seed(0)
-    KINDS[kind](len(tiny.tokenizer) + 3).save_pretrained(tmp_path)
+    made = KINDS[kind](len(tiny.tokenizer) + 3)
+    for name, buffer in made.named_buffers():
+        if "layer_scalar" in name:  # a trained Gemma 4 has other values than 1
+            buffer.fill_(0.5)
+    made.save_pretrained(tmp_path)
     tiny.tokenizer.save_pretrained(tmp_path)
     policy = load_policy(tmp_path, Config(max_response_tokens=12))
     assert policy.known_ids == len(tiny.tokenizer)
@@ -685,6 +699,11 @@ def test_multimodal_and_capped_models(tiny, tmp_path, kind):
     logprobs, _ = policy(to_samples(responses))
     sampled = torch.tensor([x for response in responses for x in response.logprobs])
     assert (logprobs - sampled).abs().max() < 1e-4
+    policy.config = replace(policy.config, model="a pretrained one", bf16=True)
+    copied = distributed.make_rollout_model(policy, Accelerator(cpu=True))
+    for one, other in zip(copied.buffers(), policy.buffers(), strict=True):
+        assert torch.allclose(one.float(), other.float(), rtol=0.01)
+    policy.config = replace(policy.config, bf16=None)
     logprobs.sum().backward()
     assert all((one.grad is not None) == one.requires_grad for one in policy.parameters())
     for optimizer in make_optimizers(policy, "muon"):
@@ -709,7 +728,7 @@ def test_nothing_deprecated_is_called(tmp_path):
         warnings.simplefilter("error", FutureWarning)
         warnings.simplefilter("error", DeprecationWarning)
         for recompute in (False, True):
-            policy = tiny_policy(recompute=recompute)
+            policy = tiny_policy(gradient_checkpointing=recompute)
             policy.save(tmp_path)
             policy = load_policy(tmp_path, policy.config)
             samples = to_samples(policy.respond(observations(3)))
@@ -723,8 +742,8 @@ def test_nothing_deprecated_is_called(tmp_path):
 
 
 def test_other_settings_leave_the_model_alone(tiny):
-    """Bug: each evaluation of a run with --recompute adds a hook to the model, for ever."""
-    tiny.config.recompute = True
+    """Bug: each evaluation with --gradient_checkpointing adds a hook to the model, for ever."""
+    tiny.config.gradient_checkpointing = True
     tiny.with_config(tiny.config, 0.0)
     hooks = len(tiny.model.get_input_embeddings()._forward_hooks)
     for _ in range(3):

@@ -101,7 +101,7 @@ def test_a_qa_file_from_end_to_end(call):
     short = [*TINY, "--eval_tasks", 1, "--save_every", 2]
     call("sft", *QA, *short, "--model", "base")
     out = call("grpo", "--name", "hotpotqa", *short, "--max_response_tokens", 20)
-    assert "next: python evaluate.py --name hotpotqa" in out
+    assert "next: python evaluate.py --name hotpotqa --data TEST_FILE" in out
     check_runs("hotpotqa")
     with pytest.raises(SystemExit, match="was trained on"):
         call("evaluate", "--name", "hotpotqa")

@@ -16,8 +16,8 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from agent import Episode, Observation, Policy, continue_episodes
-from config import BadInput, Config, need, parse_args
-from evaluate import check_new_file, chosen_runs, open_contestants
+from config import BadInput, Config, check_new_file, need, parse_args
+from evaluate import chosen_runs, open_contestants
 from memory import Embedder, Memory, load_embedder
 from tasks import Count, Question, Task
 from tasks.qa import split_chunks

@@ -33,6 +33,7 @@ from tasks import load_tasks
 from tasks.scoring import exact_match
 from tools.peers import Generate, trl_steps
 from training.checkpoint import latest_checkpoint
+from training.distributed import make_rollout_model
 from training.optim import make_optimizers, micro_batches, set_lr
 from training.tiny import create_policy
 
@@ -80,6 +81,7 @@ def compare(title: str, work: dict[str, Callable], repeats: int = 3):
 
 def rollouts(policy: LanguageModel, config: Config):
     """Whole episodes, beside transformers' generate."""
+    policy = make_rollout_model(policy, Accelerator(cpu=config.cpu))
     stream, embed = load_tasks(config, "train", policy.count), HashedEmbedder()
     tasks = [stream(i) for i in range(config.tasks_per_step) for _ in range(config.group_size)]
 
@@ -106,6 +108,7 @@ def demonstrated(policy: LanguageModel, config: Config) -> list[Sample]:
 
 def step(policy: LanguageModel, config: Config, kind: str):
     """One optimiser step, 'sft' or 'grpo', beside TRL's trainer with the same micro-batches."""
+    config = replace(config, kl=0.0)
     samples, other = demonstrated(policy, config), copy.deepcopy(policy.model)
     optimizers = make_optimizers(policy, "adamw")
     set_lr(optimizers, 1e-6)

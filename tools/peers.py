@@ -7,7 +7,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from agent import Observation, Response
 from config import Config
-from policy import LanguageModel, Sample
+from policy import LanguageModel, Sample, compute_dtype
 
 
 class Generate:
@@ -78,7 +78,8 @@ def make_trainer(model, tokenizer, kind, config):
     from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
     common = {"output_dir": tempfile.mkdtemp(), "report_to": "none", "use_cpu": config.cpu}
-    common |= {"bf16": config.bf16 or not config.cpu, "gradient_checkpointing": config.recompute}
+    common |= {"bf16": compute_dtype(config, model.device) == torch.bfloat16}
+    common |= {"gradient_checkpointing": config.gradient_checkpointing}
     data = Dataset.from_dict({"prompt": ["Anna"] * 8, "completion": ["Rome"] * 8})
     rest = {"processing_class": tokenizer, "train_dataset": data}
     if kind == "sft":

@@ -15,8 +15,8 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from agent import Episode, Policy, observe, render, run_episodes, without_thoughts
-from config import Config, need, parse_args
-from evaluate import check_new_file, open_contestants
+from config import Config, check_new_file, need, parse_args
+from evaluate import open_contestants
 from memory import Embedder, Memory, load_embedder
 from tasks import load_tasks
 from tasks.demonstrators import RECORDED, read_file

@@ -18,7 +18,7 @@ from accelerate import Accelerator
 
 import evaluate
 from agent import TAGS, Episode, Turn, render
-from config import need, parse_args
+from config import check_new_file, need, parse_args
 from memory import load_embedder
 from tasks import held_out_tasks
 
@@ -114,7 +114,7 @@ def main():
     config, args = parse_args("Episodes, turn by turn.", FLAGS, default_runs=("grpo", "sft"))
     need(args.trace is None or args.trace > 0, f"--trace {args.trace}: give 1 or more")
     if args.html:
-        evaluate.check_new_file("--html", args.html, config.overwrite)
+        check_new_file("--html", args.html, config.overwrite)
     device = Accelerator(cpu=config.cpu).device
     runs = evaluate.chosen_runs(config, args.start, args.runs)
     runs = runs if args.html and not args.gold else runs[-1:]
