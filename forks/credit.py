@@ -2,18 +2,20 @@
 
     python -m forks.credit branch --from runs/town/sft --name branch --tasks_per_step 4
     python -m forks.credit hide --from runs/town/sft --name hide
+    python -m forks.credit evaluate --runs runs/town/grpo runs/branch/grpo runs/hide/grpo
 
 The paper gives the credit of a right answer to every turn of its episode, useless Creates included.
 
-branch: play one episode of each task. Replay it from random turns, `group_size` times each, with
-    the very same memory, query and position. Advantages are relative to these siblings (eq. 8) and
-    apply to the turns after the branching. After Memory-R2 (2605.21768), which rolls out locally.
+branch: play one episode of each task, and replay it from BRANCHES random turns, `group_size` times
+    each, with the same memory, query and position. Advantages are relative to these siblings (eq.
+    8) and apply to the turns after the branching. Memory-R2 (2605.21768) rolls out locally as well.
 hide: for each entry that was shown while answering, answer once more without it. The loss in reward
-    is the credit of the operations that wrote the entry. Their tokens get it, mixed with the
-    episode's advantage. After ECHO (2606.31650), which routes credit by record.
+    is the entry's credit. The tokens of the operations that wrote it get this credit, mixed with
+    the episode's advantage. ECHO (2606.31650) routes credit by record as well.
 
-Both log `sampled_tokens`, which counts the additional turns as well, and `useless`: the entries per
-episode that no answering turn has shown. Resume with the same command. For one process.
+Both log `sampled_tokens`: all that were sampled in a step. evaluate adds a column: `useless`, the
+entries left at the end of an episode that no answering turn has shown. Continue a run by
+`python -m forks.credit branch --resume runs/branch/grpo`. For one process.
 """
 
 import random
@@ -25,17 +27,18 @@ from dataclasses import replace
 
 import torch
 
+import evaluate
 import grpo
 from agent import Episode, continue_episodes
 from config import need
 from memory import Memory
 from policy import Sample
 
-BRANCHES = 2  # per task; with half the tasks, about as many tokens as the plain trainer samples
+BRANCHES = 2  # per task; with half the tasks, about as many tokens as grpo.py samples
 MIX = 0.5  # weight of an entry's own credit
-PRICE = 0.02  # what an entry has to bring in reward, or else it should not be stored
-run_episodes, summarize = grpo.run_episodes, grpo.summarize
-step = {}  # what the functions below have to tell each other in one step
+PRICE = 0.02  # the reward that an entry has to bring, or else it should not be stored
+run_episodes, summarize, measure = grpo.run_episodes, grpo.summarize, evaluate.measure
+step = {}  # what the functions below tell each other in one step
 
 
 def copy_state(episode: Episode, rng: random.Random) -> Episode:
@@ -45,7 +48,7 @@ def copy_state(episode: Episode, rng: random.Random) -> Episode:
     return replace(episode, memory=memory, rng=rng, turns=[], answers=answers, scores=scores)
 
 
-def sampled(episodes: list[Episode]) -> int:
+def sampled_tokens(episodes: list[Episode]) -> int:
     return sum(turn.response.tokens for episode in episodes for turn in episode.turns)
 
 
@@ -56,29 +59,29 @@ def shown_entries(episode: Episode) -> set[int]:
 
 
 def branch(tasks, policy, config, embed, score, seed) -> list[Episode]:
-    """Instead of run_episodes: groups of `group_size` episodes from the same state."""
+    """In place of run_episodes: groups of `group_size` episodes that start from one state."""
     tasks = tasks[:: config.group_size]
-    states = [[Episode(task, Memory(config.capacity))] for task in tasks]
+    states = [[Episode(task, Memory(config.capacity))] for task in tasks]  # of each task, by turn
 
     def keep(episodes):
         for before, episode in zip(states, episodes):
-            if not episode.done and len(before) == len(episode.turns):
-                before.append(copy_state(episode, random.Random()))
+            if not episode.done:
+                before.append(copy_state(episode, episode.rng))
 
     trunks = run_episodes(tasks, policy, config, embed, score, seed, progress=keep)
     rng, branches = random.Random(f"{config.seed} {seed} branches"), []
     for before in states:
         for state in rng.choices(before, k=BRANCHES):
-            draws = (random.Random(rng.random()) for _ in range(config.group_size))
+            draws = [random.Random(rng.random()) for _ in range(config.group_size)]
             branches += [copy_state(state, one) for one in draws]
     continue_episodes(branches, policy, config, embed, score)
-    step.update(extra=sampled(trunks), useless=mean_useless(trunks))
+    step["sampled_tokens"] = sampled_tokens(trunks + branches)
     return branches
 
 
 def hide(tasks, policy, config, embed, score, seed) -> list[Episode]:
-    """Instead of run_episodes. step["credit"]: {entry id: its credit} of each episode."""
-    states = {}
+    """run_episodes. Sets step["credit"]: {id of an entry: its credit} of each episode."""
+    states = {}  # of each episode before its first question
 
     def keep(episodes):
         for number, episode in enumerate(episodes):
@@ -86,66 +89,50 @@ def hide(tasks, policy, config, embed, score, seed) -> list[Episode]:
                 states[number] = copy_state(episode, deepcopy(episode.rng))
 
     episodes = run_episodes(tasks, policy, config, embed, score, seed, progress=keep)
-    replays = []
-    for number, episode in enumerate(episodes):
-        for id in shown_entries(episode) & set(states[number].memory.texts):
-            replay = copy_state(states[number], deepcopy(states[number].rng))
+    replays = []  # (episode number, hidden entry, replay)
+    for number, state in states.items():
+        for id in shown_entries(episodes[number]) & set(state.memory.texts):
+            replay = copy_state(state, deepcopy(state.rng))
             replay.memory.delete(id)
             replays.append((number, id, replay))
-    continue_episodes([replay for *_, replay in replays], policy, config, embed, score)
-    credit = [{} for _ in episodes]
+    played = [replay for *_, replay in replays]
+    continue_episodes(played, policy, config, embed, score)
+    step["sampled_tokens"] = sampled_tokens(episodes + played)
+    step["credit"], step["decode"] = [{} for _ in episodes], policy.chat.decode
     for number, id, replay in replays:
-        credit[number][id] = episodes[number].reward - replay.reward
-    extra = sampled([replay for *_, replay in replays])
-    step.update(
-        extra=extra, useless=mean_useless(episodes), credit=credit, decode=policy.chat.decode
-    )
+        step["credit"][number][id] = episodes[number].reward - replay.reward
     return episodes
 
 
 def credited_samples(episodes, advantages, keep_all) -> list[Sample]:
-    """Instead of to_samples: the tokens of a Create or Update get the credit of its entry."""
+    """In place of to_samples: the tokens of a Create or Update get the credit of its entry."""
     samples = []
     for episode, advantage, credit in zip(episodes, advantages, step["credit"]):
         for turn in episode.turns:
-            one, ends = turn.response, [m.end() for m in re.finditer(r"</\w+>", turn.response.text)]
-            values = torch.full((len(one.ids),), float(advantage))
-            if len(ends) == len(turn.operations):
-                for index in range(len(one.ids)):
-                    at = bisect_left(ends, len(step["decode"](one.ids[: index + 1])))
-                    if at < len(ends) and turn.operations[at].kind in ("create", "update"):
-                        own = credit.get(turn.operations[at].id, 0.0) - PRICE
-                        values[index] += MIX * (own - values[index])
-            if not one.truncated and (values.any() or keep_all):
-                samples.append(Sample(one.prompt_ids, one.ids, one.logprobs, values))
+            written = turn.response
+            values = torch.full((len(written.ids),), float(advantage))
+            ends = [match.end() for match in re.finditer(r"</\w+>", written.text)]
+            for index in range(len(written.ids) if len(ends) == len(turn.operations) else 0):
+                at = bisect_left(ends, len(step["decode"](written.ids[: index + 1])))
+                if at < len(ends) and turn.operations[at].kind in ("create", "update"):
+                    own = credit.get(turn.operations[at].id, 0.0) - PRICE
+                    values[index] += MIX * (own - values[index])
+            if not written.truncated and (values.any() or keep_all):
+                samples.append(Sample(written.prompt_ids, written.ids, written.logprobs, values))
     return samples
 
 
-def mean_useless(episodes: list[Episode]) -> float:
-    """The mean number of entries left at the end that were never shown while answering."""
-    left = [set(episode.memory.texts) - shown_entries(episode) for episode in episodes]
-    return sum(map(len, left)) / len(episodes)
+def measure_useless(label, episodes, *rest) -> dict:
+    """evaluate.measure, and the number of useless entries per episode."""
+    useless = [set(one.memory.texts) - shown_entries(one) for one in episodes]
+    return measure(label, episodes, *rest) | {"useless": sum(map(len, useless)) / len(episodes)}
 
-
-def summarize_with_costs(sums: dict) -> dict:
-    means = summarize(sums)
-    tokens = sums["tokens"] + step.get("extra", 0)
-    return means | {"sampled_tokens": tokens, "useless": step["useless"]}
-
-
-def plain(tasks, policy, config, embed, score, seed) -> list[Episode]:
-    """run_episodes, with the two metrics."""
-    episodes = run_episodes(tasks, policy, config, embed, score, seed)
-    step.update(useless=mean_useless(episodes))
-    return episodes
-
-
-PLAYERS = {"plain": plain, "branch": branch, "hide": hide}
 
 if __name__ == "__main__":
-    need(sys.argv[1:2] and sys.argv[1] in PLAYERS, f"say which: {', '.join(PLAYERS)}")
-    kind = sys.argv.pop(1)
-    grpo.run_episodes, grpo.summarize = PLAYERS[kind], summarize_with_costs
-    if kind == "hide":
-        grpo.to_samples = credited_samples
-    grpo.main()
+    kind = sys.argv.pop(1) if len(sys.argv) > 1 else ""
+    need(kind in ("branch", "hide", "evaluate"), "say which: branch, hide or evaluate")
+    grpo.run_episodes = {"branch": branch, "hide": hide}.get(kind)
+    grpo.to_samples = credited_samples if kind == "hide" else grpo.to_samples
+    grpo.summarize = lambda sums: summarize(sums) | {"sampled_tokens": step["sampled_tokens"]}
+    evaluate.measure, evaluate.COLUMNS = measure_useless, [*evaluate.COLUMNS, ("useless", ".2f")]
+    (evaluate if kind == "evaluate" else grpo).main()
