@@ -1,0 +1,65 @@
+#!/bin/bash
+# The experiments with the tiny model, for one seed: by estimate two hours on one core.
+#
+#     bash results/reproduce.sh 42                      # the same with 43 and 44; then:
+#     python results/tables.py                          # the tables of docs/results.md
+#
+# It can be stopped and started again. A run that was stopped is resumed, and a finished one is left
+# alone. The runs are runs/NAME-SEED, and their output is in runs/NAME-SEED.log.
+set -e
+export OMP_NUM_THREADS=1
+seed=$1
+more=${*:2}
+
+stage() { # STAGE NAME FLAGS PROGRAM: a new run, or the rest of a stopped one
+    run=runs/$2-$seed/$1
+    if [ -e $run.finished ]; then return; fi
+    flags="--name $2-$seed --overwrite $3"
+    if [ -e $run/latest ]; then flags="--resume $run"; fi
+    python "${@:4}" $flags >> runs/$2-$seed.log 2>&1
+    touch $run.finished
+}
+
+sft() { stage sft $1 "--seed $seed $2 $more" sft.py; }
+
+grpo() { stage grpo $1 "--from runs/${3:-$1}-$seed/sft $2" grpo.py; } # the third: another run's SFT
+
+evaluate() { # NAME FLAGS FILE
+    if [ -e runs/$1-$seed/$3.json ]; then return; fi
+    python evaluate.py --name $1-$seed $2 >> runs/$1-$seed.log 2>&1
+}
+
+train() { # NAME FLAGS: both stages
+    sft $1 "$2"
+    grpo $1
+    evaluate $1 "--sweep length=1" evaluation-length=1
+}
+
+mkdir -p runs
+sft default
+grpo default
+evaluate default "--sweep length=1,2,4,8" evaluation-length=1,2,4,8
+evaluate default "--ablate" evaluation-ablate
+evaluate default "--sweep retrieval=random" evaluation-retrieval=random
+
+# operations switched off from the start
+train no-update "--disable update"
+train no-delete "--disable delete"
+train no-update-delete "--disable update delete"
+train no-scratchpad "--disable scratchpad"
+train scratchpad-alone "--disable create read update delete"
+train create-read "--disable update delete scratchpad"
+
+# GRPO from the default run's SFT, under another setting
+for setting in capacity=3 capacity=4 capacity=6 top_k=1 top_k=2 top_k=8; do
+    grpo $setting "--${setting/=/ }" default
+    evaluate $setting "--sweep length=1" evaluation-length=1
+done
+
+# is the gain of GRPO more than that of more imitation?
+train no-sft "--sft_steps 1"
+sft sft-long "--sft_steps 2500" # as long as both stages of the default run
+evaluate sft-long "--sweep length=1" evaluation-length=1
+full="import tasks.demonstrators as d, sft; d.WORKFLOWS = {'full': 1.0}; sft.main()"
+stage sft sft-full "--seed $seed $more" -c "$full" # demonstrations of the best workflow alone
+evaluate sft-full "--sweep length=1" evaluation-length=1
