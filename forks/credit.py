@@ -131,8 +131,13 @@ def measure_useless(label, episodes, *rest) -> dict:
 if __name__ == "__main__":
     kind = sys.argv.pop(1) if len(sys.argv) > 1 else ""
     need(kind in ("branch", "hide", "evaluate"), "say which: branch, hide or evaluate")
-    grpo.run_episodes = {"branch": branch, "hide": hide}.get(kind)
-    grpo.to_samples = credited_samples if kind == "hide" else grpo.to_samples
-    grpo.summarize = lambda sums: summarize(sums) | {"sampled_tokens": step["sampled_tokens"]}
-    evaluate.measure, evaluate.COLUMNS = measure_useless, [*evaluate.COLUMNS, ("useless", ".2f")]
-    (evaluate if kind == "evaluate" else grpo).main()
+    if kind == "evaluate":
+        evaluate.measure = measure_useless
+        evaluate.COLUMNS.append(("useless", ".2f"))
+        evaluate.main()
+    else:
+        grpo.run_episodes = branch if kind == "branch" else hide
+        if kind == "hide":
+            grpo.to_samples = credited_samples
+        grpo.summarize = lambda sums: summarize(sums) | {"sampled_tokens": step["sampled_tokens"]}
+        grpo.main()

@@ -42,11 +42,11 @@ def curves() -> str:
         text = Path(f"runs/default-{seed}/grpo/metrics.jsonl").read_text()
         steps = [json.loads(one) for one in text.splitlines()]
         first, last = first + steps[:5], last + steps[-20:]
-    names = ("reward", *RATES, "entries", "turns")
-    pairs = [
-        (name, *(mean(step[name] for step in part) for part in (first, last))) for name in names
-    ]
-    return "\n".join(f"| {name} | {before:.3f} | {after:.3f} |" for name, before, after in pairs)
+    lines = []
+    for name in ("reward", *RATES, "entries", "turns"):
+        before, after = (mean(step[name] for step in part) for part in (first, last))
+        lines.append(f"| {name} | {before:.3f} | {after:.3f} |")
+    return "\n".join(lines)
 
 
 def main():
