@@ -1,10 +1,8 @@
-"""Finer credit than one advantage per episode, which the paper names as a limitation.
+"""Finer credit than the paper's one advantage per episode, which it names as a limitation.
 
     python -m forks.credit branch --from runs/town/sft --name branch --tasks_per_step 4
     python -m forks.credit hide --from runs/town/sft --name hide
     python -m forks.credit evaluate --runs runs/town/grpo runs/branch/grpo runs/hide/grpo
-
-The paper gives the credit of a right answer to every turn of its episode, useless Creates included.
 
 branch: play one episode of each task, and replay it from BRANCHES random turns, `group_size` times
     each, with the same memory, query and position. Advantages are relative to these siblings (eq.
@@ -14,16 +12,15 @@ hide: for each entry that was shown while answering, answer once more without it
     the episode's advantage. ECHO (2606.31650) routes credit by record as well.
 
 Both log `sampled_tokens`: all that were sampled in a step. evaluate adds a column: `useless`, the
-entries left at the end of an episode that no answering turn has shown. Continue a run by
-`python -m forks.credit branch --resume runs/branch/grpo`. For one process.
+entries left at the end of an episode that no answering turn has shown. For one process.
 """
 
-import random
 import re
 import sys
 from bisect import bisect_left
 from copy import deepcopy
 from dataclasses import replace
+from random import Random
 
 import torch
 
@@ -33,6 +30,7 @@ from agent import Episode, continue_episodes
 from config import need
 from memory import Memory
 from policy import Sample
+from tasks.scoring import tally
 
 BRANCHES = 2  # per task; with half the tasks, about as many tokens as grpo.py samples
 MIX = 0.5  # weight of an entry's own credit
@@ -41,21 +39,15 @@ run_episodes, summarize, measure = grpo.run_episodes, grpo.summarize, evaluate.m
 step = {}  # what the functions below tell each other in one step
 
 
-def copy_state(episode: Episode, rng: random.Random) -> Episode:
+def copy_state(episode: Episode) -> Episode:
     """An episode that goes on from the same state. Its list of turns is empty."""
-    scores, answers = list(episode.scores), list(episode.answers)
-    memory = deepcopy(episode.memory)
-    return replace(episode, memory=memory, rng=rng, turns=[], answers=answers, scores=scores)
-
-
-def sampled_tokens(episodes: list[Episode]) -> int:
-    return sum(turn.response.tokens for episode in episodes for turn in episode.turns)
+    return deepcopy(replace(episode, turns=[]))
 
 
 def shown_entries(episode: Episode) -> set[int]:
     """The ids of the entries that were shown while answering."""
-    answering = [turn.observation for turn in episode.turns if turn.observation.question]
-    return {entry.id for observation in answering for entry in observation.entries}
+    shown = [turn.observation for turn in episode.turns if turn.observation.question]
+    return {entry.id for observation in shown for entry in observation.entries}
 
 
 def branch(tasks, policy, config, embed, score, seed) -> list[Episode]:
@@ -66,16 +58,16 @@ def branch(tasks, policy, config, embed, score, seed) -> list[Episode]:
     def keep(episodes):
         for before, episode in zip(states, episodes):
             if not episode.done:
-                before.append(copy_state(episode, episode.rng))
+                before.append(copy_state(episode))
 
     trunks = run_episodes(tasks, policy, config, embed, score, seed, progress=keep)
-    rng, branches = random.Random(f"{config.seed} {seed} branches"), []
-    for before in states:
-        for state in rng.choices(before, k=BRANCHES):
-            draws = [random.Random(rng.random()) for _ in range(config.group_size)]
-            branches += [copy_state(state, one) for one in draws]
+    rng = Random(f"{config.seed} {seed} branches")
+    chosen = [state for before in states for state in rng.choices(before, k=BRANCHES)]
+    branches = [copy_state(state) for state in chosen for _ in range(config.group_size)]
+    for one in branches:
+        one.rng = Random(rng.random())
     continue_episodes(branches, policy, config, embed, score)
-    step["sampled_tokens"] = sampled_tokens(trunks + branches)
+    step["sampled_tokens"] = tally(trunks + branches)["tokens"]
     return branches
 
 
@@ -86,18 +78,17 @@ def hide(tasks, policy, config, embed, score, seed) -> list[Episode]:
     def keep(episodes):
         for number, episode in enumerate(episodes):
             if episode.position == len(episode.task.chunks) and number not in states:
-                states[number] = copy_state(episode, deepcopy(episode.rng))
+                states[number] = copy_state(episode)
 
     episodes = run_episodes(tasks, policy, config, embed, score, seed, progress=keep)
     replays = []  # (episode number, hidden entry, replay)
     for number, state in states.items():
         for id in shown_entries(episodes[number]) & set(state.memory.texts):
-            replay = copy_state(state, deepcopy(state.rng))
-            replay.memory.delete(id)
-            replays.append((number, id, replay))
+            replays.append((number, id, copy_state(state)))
+            replays[-1][-1].memory.delete(id)
     played = [replay for *_, replay in replays]
     continue_episodes(played, policy, config, embed, score)
-    step["sampled_tokens"] = sampled_tokens(episodes + played)
+    step["sampled_tokens"] = tally(episodes + played)["tokens"]
     step["credit"], step["decode"] = [{} for _ in episodes], policy.chat.decode
     for number, id, replay in replays:
         step["credit"][number][id] = episodes[number].reward - replay.reward
