@@ -26,7 +26,7 @@ import torch
 
 import evaluate
 import grpo
-from agent import Episode, continue_episodes
+from agent import Episode, Turn, continue_episodes
 from config import need
 from memory import Memory
 from policy import Sample
@@ -84,8 +84,9 @@ def hide(tasks, policy, config, embed, score, seed) -> list[Episode]:
     replays = []  # (episode number, hidden entry, replay)
     for number, state in states.items():
         for id in shown_entries(episodes[number]) & set(state.memory.texts):
-            replays.append((number, id, copy_state(state)))
-            replays[-1][-1].memory.delete(id)
+            replay = copy_state(state)
+            replay.memory.delete(id)
+            replays.append((number, id, replay))
     played = [replay for *_, replay in replays]
     continue_episodes(played, policy, config, embed, score)
     step["sampled_tokens"] = tally(episodes + played)["tokens"]
@@ -95,19 +96,27 @@ def hide(tasks, policy, config, embed, score, seed) -> list[Episode]:
     return episodes
 
 
+def token_advantages(turn: Turn, advantage: float, credit: dict[int, float]) -> torch.Tensor:
+    """(n,): the episode's advantage. In a Create or Update it is mixed with its entry's credit."""
+    ids, operations = turn.response.ids, turn.operations
+    values = torch.full((len(ids),), float(advantage))
+    ends = [match.end() for match in re.finditer(r"</\w+>", turn.response.text)]
+    if len(ends) != len(operations):  # some are malformed: it is not clear which tokens are whose
+        return values
+    for index in range(len(ids)):
+        at = bisect_left(ends, len(step["decode"](ids[: index + 1])))
+        if at < len(ends) and operations[at].kind in ("create", "update"):
+            own = credit.get(operations[at].id, 0.0) - PRICE
+            values[index] += MIX * (own - values[index])
+    return values
+
+
 def credited_samples(episodes, advantages, keep_all) -> list[Sample]:
-    """In place of to_samples: the tokens of a Create or Update get the credit of its entry."""
+    """In place of to_samples, with an advantage for each token."""
     samples = []
     for episode, advantage, credit in zip(episodes, advantages, step["credit"]):
         for turn in episode.turns:
-            written = turn.response
-            values = torch.full((len(written.ids),), float(advantage))
-            ends = [match.end() for match in re.finditer(r"</\w+>", written.text)]
-            for index in range(len(written.ids) if len(ends) == len(turn.operations) else 0):
-                at = bisect_left(ends, len(step["decode"](written.ids[: index + 1])))
-                if at < len(ends) and turn.operations[at].kind in ("create", "update"):
-                    own = credit.get(turn.operations[at].id, 0.0) - PRICE
-                    values[index] += MIX * (own - values[index])
+            written, values = turn.response, token_advantages(turn, advantage, credit)
             if not written.truncated and (values.any() or keep_all):
                 samples.append(Sample(written.prompt_ids, written.ids, written.logprobs, values))
     return samples

@@ -5,7 +5,8 @@
 #     python results/tables.py                          # the tables of docs/results.md
 #
 # It can be stopped and started again. A run that was stopped is resumed, and a finished one is left
-# alone. The runs are runs/NAME-SEED, and their output is in runs/NAME-SEED.log.
+# alone. An evaluation that was stopped is repeated. The runs are runs/NAME-SEED, and their output is
+# in runs/NAME-SEED.log.
 set -e
 export OMP_NUM_THREADS=1
 seed=$1
@@ -17,6 +18,7 @@ stage() { # STAGE NAME FLAGS PROGRAM: a new run, or the rest of a stopped one
     flags="--name $2-$seed --overwrite $3"
     if [ -e $run/latest ]; then flags="--resume $run"; fi
     python "${@:4}" $flags >> runs/$2-$seed.log 2>&1
+    tail -n 1 runs/$2-$seed.log | grep -q "; next: " || exit 1 # a signal has stopped it
     touch $run.finished
 }
 
@@ -25,8 +27,11 @@ sft() { stage sft $1 "--seed $seed $2 $more" sft.py; }
 grpo() { stage grpo $1 "--from runs/${3:-$1}-$seed/sft $2" grpo.py; } # the third: another run's SFT
 
 evaluate() { # NAME FLAGS FILE
-    if [ -e runs/$1-$seed/$3.json ]; then return; fi
+    table=runs/$1-$seed/$3
+    if [ -e $table.finished ]; then return; fi
+    rm -f $table.json # an evaluation that was stopped has written some of the rows
     python evaluate.py --name $1-$seed $2 >> runs/$1-$seed.log 2>&1
+    touch $table.finished
 }
 
 train() { # NAME FLAGS: both stages

@@ -19,8 +19,7 @@ def rows(name: str, seed: int, file: str) -> dict[str, dict]:
 
 def line(title: str, name: str, file: str, label: str, rates: bool = False) -> str:
     """A table's row: the EM of each seed with its interval, their mean, and the mean rates."""
-    found = [rows(name, seed, file).get(label) for seed in SEEDS]
-    found = [row for row in found if row]
+    found = [rows(name, seed, file)[label] for seed in SEEDS]
     cells = ["{em:.1f} [{low:.1f}, {high:.1f}]".format(**row) for row in found]
     cells.append(f"**{mean(row['em'] for row in found):.1f}**")
     if "lost" in found[0]:
