@@ -1,18 +1,18 @@
 """Finer credit than the paper's one advantage per episode, which it names as a limitation.
 
-    python -m forks.credit branch --from runs/town/sft --name branch --tasks_per_step 4
     python -m forks.credit hide --from runs/town/sft --name hide
-    python -m forks.credit evaluate --runs runs/town/grpo runs/branch/grpo runs/hide/grpo
+    python -m forks.credit branch --from runs/town/sft --name branch --tasks_per_step 4
+    python -m forks.credit plain --from runs/town/sft --name plain       grpo.py, to compare
 
-branch: play one episode of each task, and replay it from BRANCHES random turns, `group_size` times
-    each, with the same memory, query and position. Advantages are relative to these siblings (eq.
-    8) and apply to the turns after the branching. Memory-R2 (2605.21768) rolls out locally as well.
 hide: for each entry that was shown while answering, answer once more without it. The loss in reward
     is the entry's credit. The tokens of the operations that wrote it get this credit, mixed with
     the episode's advantage. ECHO (2606.31650) routes credit by record as well.
+branch: play one episode of each task, and replay it from BRANCHES random turns, `group_size` times
+    each, with the same memory, query and position. Advantages are relative to these siblings (eq.
+    8) and apply to the turns after the branching. Memory-R2 (2605.21768) rolls out locally as well.
 
-Both log `sampled_tokens`: all that were sampled in a step. evaluate adds a column: `useless`, the
-entries left at the end of an episode that no answering turn has shown. For one process.
+All log `sampled_tokens`, all that were sampled in a step, and `useless`, the entries left at the
+end of an episode that no answering turn has shown. For one process.
 """
 
 import re
@@ -24,7 +24,6 @@ from random import Random
 
 import torch
 
-import evaluate
 import grpo
 from agent import Episode, Turn, continue_episodes
 from config import need
@@ -35,7 +34,7 @@ from tasks.scoring import tally
 BRANCHES = 2  # per task; with half the tasks, about as many tokens as grpo.py samples
 MIX = 0.5  # weight of an entry's own credit
 PRICE = 0.02  # the reward that an entry has to bring, or else it should not be stored
-run_episodes, summarize, measure = grpo.run_episodes, grpo.summarize, evaluate.measure
+run_episodes, summarize = grpo.run_episodes, grpo.summarize
 step = {}  # what the functions below tell each other in one step
 
 
@@ -48,6 +47,19 @@ def shown_entries(episode: Episode) -> set[int]:
     """The ids of the entries that were shown while answering."""
     shown = [turn.observation for turn in episode.turns if turn.observation.question]
     return {entry.id for observation in shown for entry in observation.entries}
+
+
+def count(whole: list[Episode], parts: list[Episode]):
+    """Note the metrics of a step's whole episodes and of the replayed parts of episodes."""
+    useless = [len(set(one.memory.texts) - shown_entries(one)) for one in whole]
+    step["useless"] = sum(useless) / len(whole)
+    step["sampled_tokens"] = tally(whole + parts)["tokens"]
+
+
+def plain(*arguments) -> list[Episode]:
+    episodes = run_episodes(*arguments)
+    count(episodes, [])
+    return episodes
 
 
 def branch(tasks, policy, config, embed, score, seed) -> list[Episode]:
@@ -67,7 +79,7 @@ def branch(tasks, policy, config, embed, score, seed) -> list[Episode]:
     for one in branches:
         one.rng = Random(rng.random())
     continue_episodes(branches, policy, config, embed, score)
-    step["sampled_tokens"] = tally(trunks + branches)["tokens"]
+    count(trunks, branches)
     return branches
 
 
@@ -84,15 +96,14 @@ def hide(tasks, policy, config, embed, score, seed) -> list[Episode]:
     replays = []  # (episode number, hidden entry, replay)
     for number, state in states.items():
         for id in shown_entries(episodes[number]) & set(state.memory.texts):
-            replay = copy_state(state)
-            replay.memory.delete(id)
-            replays.append((number, id, replay))
+            replays.append((number, id, copy_state(state)))
+            replays[-1][2].memory.delete(id)
     played = [replay for *_, replay in replays]
     continue_episodes(played, policy, config, embed, score)
-    step["sampled_tokens"] = tally(episodes + played)["tokens"]
     step["credit"], step["decode"] = [{} for _ in episodes], policy.chat.decode
     for number, id, replay in replays:
         step["credit"][number][id] = episodes[number].reward - replay.reward
+    count(episodes, played)
     return episodes
 
 
@@ -122,22 +133,14 @@ def credited_samples(episodes, advantages, keep_all) -> list[Sample]:
     return samples
 
 
-def measure_useless(label, episodes, *rest) -> dict:
-    """evaluate.measure, and the number of useless entries per episode."""
-    useless = [set(one.memory.texts) - shown_entries(one) for one in episodes]
-    return measure(label, episodes, *rest) | {"useless": sum(map(len, useless)) / len(episodes)}
-
+KINDS = {"plain": plain, "branch": branch, "hide": hide}
 
 if __name__ == "__main__":
     kind = sys.argv.pop(1) if len(sys.argv) > 1 else ""
-    need(kind in ("branch", "hide", "evaluate"), "say which: branch, hide or evaluate")
-    if kind == "evaluate":
-        evaluate.measure = measure_useless
-        evaluate.COLUMNS.append(("useless", ".2f"))
-        evaluate.main()
-    else:
-        grpo.run_episodes = branch if kind == "branch" else hide
-        if kind == "hide":
-            grpo.to_samples = credited_samples
-        grpo.summarize = lambda sums: summarize(sums) | {"sampled_tokens": step["sampled_tokens"]}
-        grpo.main()
+    need(kind in KINDS, f"say which: {', '.join(KINDS)}")
+    grpo.run_episodes = KINDS[kind]
+    if kind == "hide":
+        grpo.to_samples = credited_samples
+    logged = ("sampled_tokens", "useless")
+    grpo.summarize = lambda sums: summarize(sums) | {name: step[name] for name in logged}
+    grpo.main()

@@ -1,78 +1,95 @@
-"""The tables of docs/results.md in markdown, from the runs of results/reproduce.sh.
+"""The tables of docs/results.md in markdown, from the rows of results/reproduce.sh.
 
-python results/tables.py > tables.md
+python results/tables.py             from results/evaluations.jsonl and results/grpo-*.jsonl
+python results/tables.py collect     first copy into these files what is new in runs/
+
+A cell is "-" if its run is missing. A mean over the seeds is "-" if one of them is.
 """
 
 import json
+import shutil
+import sys
 from pathlib import Path
 from statistics import mean
 
 SEEDS = (42, 43, 44)
 RATES = ("create", "read", "update", "delete", "scratchpad")
+FILE = Path("results/evaluations.jsonl")  # {"run": "default-42", "label": "grpo 1x", "em": ...}
 
 
-def rows(name: str, seed: int, file: str) -> dict[str, dict]:
-    """{label: row} of one evaluation."""
-    saved = json.loads(Path(f"runs/{name}-{seed}/evaluation-{file}.json").read_text())
-    return {row["label"]: row for row in saved}
+def load() -> dict[tuple, dict]:
+    """{(run, label): row}"""
+    lines = FILE.read_text().splitlines() if FILE.exists() else []
+    return {(row["run"], row["label"]): row for row in map(json.loads, lines)}
 
 
-def line(title: str, name: str, file: str, label: str, rates: bool = False) -> str:
-    """A table's row: the EM of each seed with its interval, their mean, and the mean rates."""
-    found = [rows(name, seed, file)[label] for seed in SEEDS]
-    cells = ["{em:.1f} [{low:.1f}, {high:.1f}]".format(**row) for row in found]
-    cells.append(f"**{mean(row['em'] for row in found):.1f}**")
-    if "lost" in found[0]:
-        cells.append(f"{mean(row['lost'] for row in found):.1f}")
-    if rates:
-        cells += [f"{mean(row[rate] for row in found):.3f}" for rate in RATES]
+def collect():
+    """Add the rows of runs/ to FILE, and copy the metrics of the default runs."""
+    rows = load()
+    for seed in SEEDS:
+        for path in sorted(Path("runs").glob(f"*-{seed}/evaluation-*.json")):
+            for row in json.loads(path.read_text()):
+                rows[path.parent.name, row["label"]] = {"run": path.parent.name} | row
+        metrics = Path(f"runs/default-{seed}/grpo/metrics.jsonl")
+        if metrics.exists():
+            shutil.copy(metrics, f"results/grpo-{seed}.jsonl")
+    FILE.write_text("".join(json.dumps(rows[key]) + "\n" for key in sorted(rows)))
+
+
+def average(found: list[dict | None], key: str, form: str) -> str:
+    return "-" if None in found else format(mean(row[key] for row in found), form)
+
+
+def line(rows: dict, title: str, name: str, label: str, more=(), form: str = ".3f") -> str:
+    """A table's row: the EM of each seed with its interval, the mean, and the means of `more`."""
+    found = [rows.get((f"{name}-{seed}", label)) for seed in SEEDS]
+    cells = ["{em:.1f} [{low:.1f}, {high:.1f}]".format(**row) if row else "-" for row in found]
+    cells.append(f"**{average(found, 'em', '.1f')}**")
+    cells += [average(found, key, form) for key in more]
     return f"| {title} | " + " | ".join(cells) + " |"
 
 
-def head(*more: str) -> str:
+def head(title: str, *more: str):
     columns = ["", *(f"seed {seed}" for seed in SEEDS), "mean", *more]
-    return "| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|"
+    print(f"\n### {title}\n\n| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
 
 
-def curves() -> str:
+def curves():
     """The default run's rates in the first 5 and the last 20 GRPO steps, over all seeds."""
+    print("\n### Rates in GRPO\n\n| | first 5 steps | last 20 steps |\n|---|---|---|")
     first, last = [], []
-    for seed in SEEDS:
-        text = Path(f"runs/default-{seed}/grpo/metrics.jsonl").read_text()
-        steps = [json.loads(one) for one in text.splitlines()]
+    for path in sorted(Path("results").glob("grpo-*.jsonl")):
+        steps = list(map(json.loads, path.read_text().splitlines()))
         first, last = first + steps[:5], last + steps[-20:]
-    lines = []
     for name in ("reward", *RATES, "entries", "turns"):
         before, after = (mean(step[name] for step in part) for part in (first, last))
-        lines.append(f"| {name} | {before:.3f} | {after:.3f} |")
-    return "\n".join(lines)
+        print(f"| {name} | {before:.3f} | {after:.3f} |")
 
 
 def main():
-    stages = ("sft", "grpo")
-    print("### Lengths\n\n" + head())
-    for stage in stages:
-        for length in (1, 2, 4, 8):
-            print(line(f"{stage} {length}x", "default", "length=1,2,4,8", f"{stage} {length}x"))
-    print("\n### Ablations at test time\n\n" + head("points lost"))
-    for label in rows("default", SEEDS[0], "ablate"):
-        print(line(label.removeprefix("grpo 1x "), "default", "ablate", label))
-    print("\n### Random retrieval at test time\n\n" + head())
-    print(line("random entries", "default", "retrieval=random", "grpo 1x retrieval random"))
-    print("\n### Operations switched off from the start\n\n" + head(*RATES))
-    print(line("all on, sft", "default", "length=1,2,4,8", "sft 1x", rates=True))
-    print(line("all on, grpo", "default", "length=1,2,4,8", "grpo 1x", rates=True))
+    if sys.argv[1:] == ["collect"]:
+        collect()
+    rows, stages = load(), ("sft", "grpo")
+    head("Lengths")
+    for label in (f"{stage} {length}x" for stage in stages for length in (1, 2, 4, 8)):
+        print(line(rows, label, "default", label))
+    head("Ablations at test time", "points lost")
+    for name in ("all on", "- Update", "- Delete", "- Read", "- scratchpad", "- storage", "- both"):
+        print(line(rows, name, "default", f"grpo 1x {name}", ["lost"], ".1f"))
+    head("Random entries at test time")
+    print(line(rows, "random", "default", "grpo 1x retrieval random"))
+    head("Operations switched off from the start", *RATES)
     disabled = "no-update no-delete no-update-delete no-scratchpad scratchpad-alone create-read"
-    for name in disabled.split() + ["no-sft"]:
+    for name in ("default", *disabled.split(), "no-sft"):
         for stage in stages:
-            print(line(f"{name}, {stage}", name, "length=1", f"{stage} 1x", rates=True))
-    print("\n### GRPO under another setting, from the default SFT\n\n" + head(*RATES))
+            print(line(rows, f"{name}, {stage}", name, f"{stage} 1x", RATES))
+    head("GRPO under another setting, from the default SFT", *RATES)
     for name in ("capacity=3", "capacity=4", "capacity=6", "top_k=1", "top_k=2", "top_k=8"):
-        print(line(name, name, "length=1", "grpo 1x", rates=True))
-    print("\n### Imitation alone\n\n" + head())
+        print(line(rows, name, name, "grpo 1x", RATES))
+    head("Imitation alone")
     for name in ("sft-long", "sft-full"):
-        print(line(name, name, "length=1", "sft 1x"))
-    print("\n### Rates in GRPO\n\n| | first 5 steps | last 20 steps |\n|---|---|---|\n" + curves())
+        print(line(rows, name, name, "sft 1x"))
+    curves()
 
 
 if __name__ == "__main__":

@@ -178,7 +178,9 @@ def test_credit_by_hiding_an_entry(config, embed):
     episodes = credit.hide([task] * 2, Reader(), config, embed, scoring.exact_match, 0)
     assert [len(episode.turns) for episode in episodes] == [4, 4]
     assert credit.step["credit"] == [{0: 1.0}, {0: 1.0}]  # the dog is never shown
-    assert credit.measure_useless("", episodes, 1.0)["useless"] == 1
+    assert credit.step["useless"] == 1
+    tokens = sum(turn.response.tokens for episode in episodes for turn in episode.turns)
+    assert credit.step["sampled_tokens"] > tokens  # the replays count as well
     samples = credit.credited_samples(episodes, [0.5, 0.0], keep_all=False)
     advantages = [sample.advantage.unique().tolist() for sample in samples]
     useful, useless = ((1 - credit.PRICE) / 2, -credit.PRICE / 2)  # half of it: MIX
