@@ -7,13 +7,14 @@
     python evaluate.py --sweep top_k=3,6,12 chunk_tokens=2048,4096     all combinations (Table 3)
     python evaluate.py --runs runs/a/grpo runs/b/grpo      several runs; one: --from runs/a/grpo
     python evaluate.py --name hotpotqa --data hotpot_dev.json --documents 200
-    python evaluate.py --gold ...              a script that knows the gold facts plays instead
+    python evaluate.py --gold ...              the scripted demonstrator plays instead of the model
     python evaluate.py --model Yupeng123/AtomMem-8B --dialect released --preset paper --data ...
 
 The table is saved as runs/NAME/evaluation*.json and never replaces an older one. The scores are in
 percent of the questions. "released" is what the released code calls exact match, "judge" is the
 verdict of --judge. "low" and "high" are the 95 % bootstrap interval of EM over tasks, because the
-questions of a task share a memory. Operations are per response; "turns" to "seconds" are per task.
+questions of a task share a memory. Operations are per response; "turns" to "seconds" are per task,
+where "calls" counts the model's responses. "lost" is the EM lost against "all on", with interval.
 """
 
 import itertools
@@ -42,7 +43,7 @@ from training.tiny import create_policy
 # --- what is compared -----------------------------------------------------------------------------
 @dataclass
 class Contestant:
-    """A model in the table. gold: a script that knows the gold facts plays in its place."""
+    """A model in the table. gold: the scripted demonstrator plays in its place."""
 
     label: str
     model: Policy  # a LanguageModel or a ServerPolicy: it also counts tokens

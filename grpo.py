@@ -208,7 +208,7 @@ def train(run: Run, config: Config, start: str | None):
         reference.to(accelerator.device).requires_grad_(False)
     for step in run.steps(config.grpo_steps):
         started = time.perf_counter()
-        first = config.sft_tasks + (step - 1) * config.tasks_per_step  # SFT has not seen these
+        first = config.sft_tasks + (step - 1) * config.tasks_per_step  # in the town: new stories
         indices = dist.shard(range(first, first + config.tasks_per_step), accelerator)
         tasks = [task for task in map(train_task, indices) for _ in range(config.group_size)]
         episodes = run_episodes(tasks, rollout_model, config, embed, score_function(config), step)

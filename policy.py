@@ -271,7 +271,7 @@ class LanguageModel(torch.nn.Module):
 
     def set_checkpointing(self):
         """Turn gradient checkpointing on if gradients are enabled: transformers recomputes a layer
-        only if its `training` is set. No other module's is set, so attention dropout stays off."""
+        only if its `training` is True. The modules inside it stay in eval mode, without dropout."""
         for layer in self.model.modules() if self.config.gradient_checkpointing else ():
             if isinstance(layer, GradientCheckpointingLayer):
                 layer.training = torch.is_grad_enabled()

@@ -4,15 +4,15 @@
     python -m forks.credit branch --from runs/town/sft --name branch --tasks_per_step 4
     python -m forks.credit plain --from runs/town/sft --name plain       grpo.py, to compare
 
-hide: for each entry that was shown while answering, answer once more without it. The loss in reward
-    is the entry's credit. The tokens of the operations that wrote it get this credit, mixed with
-    the episode's advantage. ECHO (2606.31650) routes credit by record as well.
+hide: for each entry that was shown while answering, answer once more without it. The fall in reward
+    is the entry's credit. The tokens of the Create or Update that wrote it get half this credit,
+    minus PRICE, and half the episode's advantage. ECHO (2606.31650) routes credit by record, too.
 branch: play one episode of each task, and replay it from BRANCHES random turns, `group_size` times
     each, with the same memory, query and position. Advantages are relative to these siblings (eq.
     8) and apply to the turns after the branching. Memory-R2 (2605.21768) rolls out locally as well.
 
-All log `sampled_tokens`, all that were sampled in a step, and `useless`, the entries left at the
-end of an episode that no answering turn has shown. For one process.
+All log `sampled_tokens`, those of replays included, and `useless`: the entries at the end of an
+episode that no answering turn has shown. For one process.
 """
 
 import re

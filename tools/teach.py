@@ -1,7 +1,7 @@
 """Let a strong model play training tasks, and write its episodes to a file for sft.py.
 
-    python -m tools.teach --model Qwen/Qwen3-32B --demonstrations taught.jsonl --task ... --data ...
-    python sft.py --model Qwen/Qwen3-0.6B --demonstrations taught.jsonl --task ... --data ...
+    python -m tools.teach --preset qwen3 --model Qwen/Qwen3-32B --demonstrations taught.jsonl ...
+    python sft.py --preset qwen3 --demonstrations taught.jsonl ...      both with --task and --data
 
 With --endpoint URL the model runs on a server. If it is started again, the tool continues its file
 (format: tasks/demonstrators.py). Episodes below --keep_score are written without their turns.
