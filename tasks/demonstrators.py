@@ -141,8 +141,9 @@ class TownDemonstrator(Demonstrator):
         if kind == "market" and self.config.enabled("scratchpad"):
             return self.write("answer", re.sub(r".*\D", "", shown.scratchpad) or "0")
         if kind == "market":
-            count = str(facts.count(("market", person, "")))
-            return self.look_up(shown, kind, person, [count] if "market" in shown.query else [])
+            asked = shown.query == query_for(kind, person)  # before that, not all visits are shown
+            count = [str(facts.count(("market", person, "")))] if asked else []
+            return self.look_up(shown, kind, person, count)
         if hop:
             bosses = [value for *key, value in facts if key == ["boss", person]]
             others = [name for name in town.NAMES if name != person]
