@@ -100,7 +100,7 @@ class Episode:
     scores: list[float] = field(default_factory=list)
     query: str = ""
     query_vector: np.ndarray | None = None  # (d,)
-    position: int = 0  # chunks read plus questions answered so far
+    position: int = 0  # chunks and questions that are over
     reads: int = 0  # how often a Read has shown the current chunk or question again
 
     @property

@@ -14,7 +14,7 @@ FIXED_DATE = "{% macro strftime_now(format) %}01 Jan 2025{% endmacro %}"
 NO_INSTRUCTION = "{# no instruction #}"  # in a template that leaves out the system message
 
 
-def conversation(instruction: str, text: str, system_role: bool = True) -> list[dict[str, str]]:
+def conversation(instruction: str, text: str, system_role: bool) -> list[dict[str, str]]:
     """The messages of a prompt. Without a system role, the instruction precedes the text."""
     if not system_role:
         return [{"role": "user", "content": f"{instruction}\n\n{text}"}]

@@ -133,8 +133,7 @@ class Config:
         need(not (town and self.data), "--data is for the QA sets: the town writes its own stories")
         need(not town or self.questions <= 4, "--questions: a story of the town has at most 4")
         need(self.temperature > 0, "--temperature must be above 0: training has to sample")
-        for name in ("clip_low", "easy_share"):
-            need(getattr(self, name) < 1, f"--{name} must be below 1")
+        need("/" not in self.name, f"--name {self.name}: it names one folder, so it has no slash")
 
     def enabled(self, operation: str) -> bool:
         """Whether `operation`, one of OPERATIONS, is switched on."""
@@ -146,19 +145,19 @@ class Config:
 
     def saved(self) -> dict:
         """The settings that a run folder stores: all but `name` and `overwrite`."""
-        values = dataclasses.asdict(self)
-        return {name: values[name] for name in values if name not in ("name", "overwrite")}
+        return {key: one for key, one in vars(self).items() if key not in ("name", "overwrite")}
 
 
 INF = float("inf")
 POSITIVE = (
-    "length documents chunk_tokens top_k max_prompt_tokens max_response_tokens in_flight "
+    "length documents chunk_tokens top_k max_prompt_tokens max_response_tokens "
     "hidden_size layers heads sample_rows micro_batch_tokens save_every sft_tasks sft_steps "
     "sft_batch grpo_steps tasks_per_step updates_per_rollout eval_tasks"
 )
 RANGES = {name: (1, INF) for name in POSITIVE.split()} | {
     "group_size": (2, INF),  # an episode is compared with its group's mean
     "questions": (0, 10),
+    "in_flight": (1, 100),  # the HTTP client opens no more connections
     **{name: (0, INF) for name in "order capacity max_reads eval_temperature kl clip_high".split()},
     **{name: (0, 1) for name in ("clip_low", "easy_share", "keep_score", "grpo_decay")},
 }
@@ -222,6 +221,7 @@ def parse_args(
         parser.add_argument(name, **keywords)
     try:
         early, _ = first.parse_known_args()
+        need(not (early.runs and early.start), "--runs or --from: give one of them")
         start = getattr(early, "resume", None) or early.start or next(iter(early.runs), None)
         need(not (start and early.model), "--model is for a new run: --from RUN has its own model")
         start = start or default_run(early, default_runs)
@@ -231,10 +231,9 @@ def parse_args(
             parser.set_defaults(name=Path(start).parent.name)
         values = vars(parser.parse_args())
         values["start"] = start
-        names = [one.name for one in dataclasses.fields(Config)]
         if early.instruction:
             values["instruction"] = read_instruction(early.instruction)
-        config = Config(**{name: values.pop(name) for name in names})
+        config = Config(**{one.name: values.pop(one.name) for one in dataclasses.fields(Config)})
         if resume and early.resume:
             check_resume(early, config, saved)
     except BadInput as error:

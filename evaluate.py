@@ -34,7 +34,7 @@ from config import BUILT, OPERATIONS, BadInput, Config, load_settings, need, par
 from memory import load_embedder
 from policy import compute_dtype, load_policy
 from tasks import Task, held_out_tasks, scoring
-from tasks.demonstrators import Demonstrator, GoldDemonstrator, TownDemonstrator
+from tasks.demonstrators import Demonstrator, GoldDemonstrator, TownDemonstrator, workflow_shares
 from tasks.formats import alias_file
 from training.checkpoint import device_name, latest_checkpoint, step_name
 from training.tiny import create_policy
@@ -55,8 +55,8 @@ class Contestant:
         if not self.gold:
             return model
         if config.task == "town":
-            workflow = "full" if config.enabled("create") else "notes"
-            return TownDemonstrator(workflow, config, noise=0.0)
+            best = next(iter(workflow_shares(config)))
+            return TownDemonstrator(best, config, noise=0.0)
         return GoldDemonstrator(tasks, config, model)
 
 
@@ -255,16 +255,17 @@ SWEPT = (
 
 def parse_sweep(texts: list[str], config: Config) -> list[dict]:
     """[{setting: value}]: all combinations of the values in texts such as "top_k=3,6"."""
-    axes = []
+    axes = {}
     for text in texts:
         name, _, values = text.partition("=")
         need(values and name in SWEPT, f"--sweep {text}: write {'|'.join(SWEPT)}=value,value")
+        need(name not in axes, f"--sweep names {name} twice: write {name}=value,value")
         kind = type(getattr(config, name))
         try:
-            axes.append([(name, kind(value)) for value in values.split(",")])
+            axes[name] = [kind(value) for value in values.split(",")]
         except ValueError as error:
             raise BadInput(f"--sweep {text}: {error}") from error
-    return [dict(combination) for combination in itertools.product(*axes)]
+    return [dict(zip(axes, values)) for values in itertools.product(*axes.values())]
 
 
 def row_label(label: str, config: Config, change: dict, variant: str = "") -> str:
@@ -277,7 +278,8 @@ def row_label(label: str, config: Config, change: dict, variant: str = "") -> st
 
 def new_file(config: Config, parts: list[str]) -> Path:
     """The file to save the rows in: a new name in runs/NAME."""
-    stem, number = "-".join(["evaluation", *parts]).replace("/", "_"), itertools.count(2)
+    stem = "-".join(["evaluation", *parts]).replace("/", "_")[:200]  # names have at most 255 bytes
+    number = itertools.count(2)
     path = Path("runs") / config.name / f"{stem}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     while path.exists():
@@ -301,8 +303,8 @@ FLAGS = RUN_FLAGS + [
 def main():
     config, args = parse_args("Evaluation.", FLAGS, default_runs=("grpo", "sft"))
     need(not (args.ablate and args.baselines), "--ablate or --baselines: give one of them")
-    town = args.gold and args.baselines and config.task == "town"
-    need(not town, "the town's demonstrator cannot play the baselines: leave out --gold")
+    unplayable = args.gold and args.baselines and config.task == "town"
+    need(not unplayable, "the town's demonstrator cannot play the baselines: leave out --gold")
     device = Accelerator(cpu=config.cpu).device
     print(f"on {device_name(device)}")
     judge = None

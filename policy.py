@@ -1,7 +1,7 @@
 """The language model: load it, sample responses, score tokens, save it.
 
 Letters: B rows, U unique rows, P longest prompt, T longest prompt + response (P and T without a
-shared prefix), N response tokens of all rows, n of the unique rows, D width, V vocabulary.
+shared prefix), n response tokens of all rows, u of the unique rows, D width, V vocabulary.
 """
 
 import os
@@ -220,7 +220,7 @@ class LanguageModel(torch.nn.Module):
     # --- scoring ---
 
     def forward(self, samples: list[Sample]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probs (N,) of the response tokens, and entropies (N,) of the distributions at their
+        """Log-probs (n,) of the response tokens, and entropies (n,) of the distributions at their
         positions, both in the order of `samples`. Equal rows go through the model once."""
         unique, inverse = unique_rows(sample.key for sample in samples)
         rows = [[*prompt, *response] for prompt, response in unique]
@@ -240,15 +240,15 @@ class LanguageModel(torch.nn.Module):
         starts = [len(prompt) - shared - 1 for prompt, _ in unique]
         sizes = [len(response) for _, response in unique]
         spans = [slice(start, start + size) for start, size in zip(starts, sizes)]
-        hidden = torch.cat([row[span] for row, span in zip(hidden, spans)])  # (n, D)
-        targets = torch.cat([row[1:][span] for row, span in zip(ids, spans)])  # (n,)
+        hidden = torch.cat([row[span] for row, span in zip(hidden, spans)])  # (u, D)
+        targets = torch.cat([row[1:][span] for row, span in zip(ids, spans)])  # (u,)
         logprobs, entropy = self.score_tokens(hidden, targets)
         logprobs, entropy = logprobs.split(sizes), entropy.split(sizes)
         return torch.cat([logprobs[i] for i in inverse]), torch.cat([entropy[i] for i in inverse])
 
     def score_tokens(self, hidden: torch.Tensor, targets: torch.Tensor) -> tuple:
-        """Log-probs (n,), entropies (n,). Computed in slices, and again in the backward pass, so
-        that the logits (n, V) are never all in memory."""
+        """Log-probs (u,), entropies (u,). Computed in slices, and again in the backward pass, so
+        that the logits (u, V) are never all in memory."""
         size = max(1, LOGIT_SLICE // self.known_ids)
         parts = zip(hidden.split(size), targets.split(size))
         scored = [checkpoint(self.score_slice, *part, use_reentrant=False) for part in parts]
@@ -258,14 +258,14 @@ class LanguageModel(torch.nn.Module):
     def score_slice(self, hidden: torch.Tensor, targets: torch.Tensor) -> tuple:
         with self.autocast():
             logits = self.head(hidden)
-        logits = self.scaled(logits)  # (n, V)
-        total = logits.logsumexp(-1)  # (n,)
+        logits = self.scaled(logits)  # (u, V)
+        total = logits.logsumexp(-1)  # (u,)
         with torch.no_grad():
             entropy = total - ((logits - total[:, None]).exp() * logits).sum(-1)
         return logits.gather(1, targets[:, None])[:, 0] - total, entropy
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits (n, V) of hidden states (n, D)."""
+        """Logits (u, V) of hidden states (u, D)."""
         logits = self.model.get_output_embeddings()(hidden)
         return self.softcap * (logits / self.softcap).tanh() if self.softcap else logits
 

@@ -121,7 +121,7 @@ def sft_step(
     """
     sums = {"loss": 0.0, "token_accuracy": 0.0}
     for batch in dist.shared_batches(model, samples, config.micro_batch_tokens, accelerator):
-        logprobs, _ = model(batch)  # (N,)
+        logprobs, _ = model(batch)  # (n,)
         loss = -logprobs.sum() / num_tokens
         (loss * accelerator.num_processes).backward()  # the processes' gradients are averaged
         sums["loss"] += loss.item()

@@ -54,5 +54,6 @@ sft.load_policy = grpo.load_policy = evaluate.load_policy = load_policy
 distributed.make_rollout_model = lambda trained, accelerator: trained
 
 if __name__ == "__main__":
-    need(len(sys.argv) > 1, "say which script: sft, grpo or evaluate")
-    {"sft": sft, "grpo": grpo, "evaluate": evaluate}[sys.argv.pop(1)].main()
+    scripts = {"sft": sft, "grpo": grpo, "evaluate": evaluate}
+    need(sys.argv[1:] and sys.argv[1] in scripts, "say which script: sft, grpo or evaluate")
+    scripts[sys.argv.pop(1)].main()

@@ -19,7 +19,7 @@ import sft
 from config import need
 
 agent.TAGS["paper"]["pin"] = "pin_memory"
-agent.USAGE["pin"] = "<{tag}>{number}</{tag}> copies entry #2 into your scratchpad."
+agent.USAGE["pin"] = "<{tag}>{number}</{tag}> copies entry #2 into your scratchpad"
 agent.NUMBERED["pin"] = agent.NUMBERED["delete"]  # like Delete: only a number
 execute = agent.execute
 
@@ -38,5 +38,6 @@ def execute_with_pin(operation, episode, observation, vectors):
 agent.execute = execute_with_pin
 
 if __name__ == "__main__":
-    need(len(sys.argv) > 1, "say which script: sft, grpo or evaluate")
-    {"sft": sft, "grpo": grpo, "evaluate": evaluate}[sys.argv.pop(1)].main()
+    scripts = {"sft": sft, "grpo": grpo, "evaluate": evaluate}
+    need(sys.argv[1:] and sys.argv[1] in scripts, "say which script: sft, grpo or evaluate")
+    scripts[sys.argv.pop(1)].main()

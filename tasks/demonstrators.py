@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-from agent import TAGS, Episode, Observation, Response, run_episodes
+from agent import FORMS, TAGS, Episode, Observation, Response, run_episodes
 from config import BadInput, Config, need
 from tasks import Task, town
 from tasks.scoring import score_function
@@ -53,9 +53,11 @@ class Demonstrator:
 
     def write(self, kind: str, text: object) -> str:
         """The operation as text, in the tags of the configured dialect."""
-        if self.config.dialect == "released":
-            shapes = {"answer": "\\boxed{{{}}}", "update": "Memory {}", "delete": "Memory {}"}
-            text = shapes.get(kind, "{}").format(text)
+        number, answer = FORMS[self.config.dialect]  # such as "Memory 2" and \boxed{text}
+        if kind == "answer":
+            text = answer.replace("text", str(text))
+        elif kind in ("update", "delete"):
+            text = number.replace("2", str(text))
         tag = TAGS[self.config.dialect][kind]
         return f"<{tag}>{text}</{tag}>"
 
@@ -217,7 +219,7 @@ def read_jsonl_log(path: Path, mark: str) -> list[dict]:
     """The rows of a JSONL file that is written line by line. The first row has the key `mark`.
 
     A stopped process may leave half a line at the end. It is cut off the file. Raises BadInput, and
-    changes nothing, if it is another kind of file.
+    changes nothing, if it is another kind of file. tools/server.py keeps its answers so, too.
     """
     *lines, rest = path.read_bytes().split(b"\n")
     try:
@@ -259,7 +261,7 @@ def recorded(config: Config) -> list[tuple[str, str]]:
 
 # --- scripted demonstrations ----------------------------------------------------------------------
 def workflow_shares(config: Config) -> dict[str, float]:
-    """{workflow: share}. If "full" is impossible, the best of the others plays all episodes."""
+    """{workflow: share}, the best first. If "full" is impossible, one other plays all episodes."""
     if not config.enabled("create"):
         return {"notes": 1.0}
     full = config.enabled("read") and (config.enabled("update") or config.enabled("delete"))
@@ -296,5 +298,5 @@ def curriculum(config: Config, stream: Callable[[int], Task]) -> list[tuple[floa
     easy_story = partial(town.town_task, split="train", config=config, hops=False)
     share = config.easy_share if config.task == "town" else 0.0
     easy, total = math.ceil(share * config.sft_tasks), config.sft_tasks
-    parts = [(share, blocks(easy_story, 0, easy)), (1 - share, blocks(stream, easy, total))]
-    return parts if share else parts[1:]
+    parts = [(share, easy_story, 0, easy), (1 - share, stream, easy, total)]
+    return [(part, blocks(make, first, last)) for part, make, first, last in parts if first < last]

@@ -99,8 +99,8 @@ def distractor(rng: random.Random, name: str, others: list[str]) -> list[str]:
     return track(kind, who, [rng.choice(values)])
 
 
-def story(index: int, split: str, config: Config, hops: bool = True):
-    """Story `index` of the 'train', 'dev' or 'test' stream: ([(question, answer)], [chunk]).
+def town_task(index: int, split: str, config: Config, hops: bool = True) -> Task:
+    """Story `index` of the 'train', 'dev' or 'test' stream. Its chunks are its documents.
 
     The tracks are mixed at random. Distractors, about other people, fill the story up to
     `config.length` times the usual number of sentences. hops=False: no two-hop questions.
@@ -120,12 +120,6 @@ def story(index: int, split: str, config: Config, hops: bool = True):
     rng.shuffle(order)
     sentences = [tracks[number].pop(0) for number in order]
     starts = range(0, len(sentences), SENTENCES_PER_CHUNK)
-    chunks = [" ".join(sentences[start : start + SENTENCES_PER_CHUNK]) for start in starts]
-    return [(QUESTIONS[kind].format(name=name), answers[kind]) for kind in kinds], chunks
-
-
-def town_task(index: int, split: str, config: Config, hops: bool = True) -> Task:
-    """Story `index` as a task. Its chunks are its documents."""
-    asked, chunks = story(index, split, config, hops)
-    questions = tuple(Question(text, (answer,)) for text, answer in asked)
-    return Task(f"town-{split}-{index}", questions, tuple(chunks), tuple(chunks))
+    chunks = tuple(" ".join(sentences[i : i + SENTENCES_PER_CHUNK]) for i in starts)
+    questions = [Question(QUESTIONS[kind].format(name=name), (answers[kind],)) for kind in kinds]
+    return Task(f"town-{split}-{index}", tuple(questions), documents=chunks, chunks=chunks)

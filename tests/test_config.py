@@ -56,8 +56,10 @@ def write_run(folder, stage="sft", **settings):
         (dict(questions=5), "--questions"),  # of the town
         (dict(top_k=0), "--top_k"),
         (dict(kl=-1.0), "--kl"),
-        (dict(clip_low=1.0), "--clip_low"),
-        (dict(easy_share=1.0), "--easy_share"),
+        (dict(clip_low=1.1), "--clip_low"),
+        (dict(easy_share=1.1), "--easy_share"),
+        (dict(in_flight=101), "--in_flight"),
+        (dict(name="a/b"), "--name"),
         (dict(grpo_decay=1.5), "--grpo_decay"),
     ],
 )
@@ -71,6 +73,8 @@ def test_a_bad_flag_is_one_sentence(refused):
     """Bug: a mistake on the command line ends in a traceback, or is accepted."""
     assert "--group_size must be at least 2, not 1" in refused("--group_size 1")
     assert "--topk" in refused("--topk 3")
+    both = dict(extra=[("--runs", dict(nargs="+"))])
+    assert "--runs or --from" in refused("--runs a --from b", **both)  # whose settings?
     assert "--top" in refused("--top 3")  # no abbreviations: a new flag would change their meaning
 
 

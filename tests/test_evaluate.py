@@ -207,6 +207,8 @@ def test_sweeps(config):
     ):
         with pytest.raises(BadInput, match="--sweep " + text):
             evaluate.parse_sweep([text], config)
+    with pytest.raises(BadInput, match="top_k twice"):
+        evaluate.parse_sweep(["top_k=3", "top_k=6"], config)
 
 
 def test_no_evaluation_is_overwritten(tmp_path, monkeypatch, config):

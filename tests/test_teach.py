@@ -47,6 +47,14 @@ def test_a_teacher_may_be_stopped(config, embed):
     assert len(recorded(config)) == sum(len(line["turns"]) for line in lines)
 
 
+def test_a_short_file_is_played_once(config, embed):
+    """Bug: a set with fewer tasks than --sft_tasks is played again within one block."""
+    tasks = [town_task(index, "train", config) for index in range(5)]
+    teacher = TownDemonstrator("append", config, 0.0)
+    scores = teach.record(teacher, lambda index: tasks[index % 5], config, embed)
+    assert len(scores) == len(read_file(config.demonstrations)[1]) == 5
+
+
 def test_a_file_teaches_what_was_played(config, embed, tiny):
     """Bug: the prompts of a teacher's file differ from those that the trained policy is shown."""
     config = replace(config, sample_rows=30)  # one block, so the script guesses the same below

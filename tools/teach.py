@@ -36,13 +36,14 @@ def record(teacher: Policy, stream: Callable, config: Config, embed: Embedder) -
         need(not different, f"{path} was made with another {', '.join(different)}: name a new file")
     else:
         path.write_text(json.dumps({"settings": settings}) + "\n")
-    scores = {line["task"]: line["score"] for line in lines}
+    scores, score = {line["task"]: line["score"] for line in lines}, score_function(config)
     block = config.in_flight if config.endpoint else config.sample_rows  # episodes side by side
     with open(path, "a", encoding="utf-8") as file:
         for start in tqdm(range(0, config.sft_tasks, block), unit="block", disable=None):
             indices = range(start, min(start + block, config.sft_tasks))
-            tasks = [task for task in map(stream, indices) if task.id not in scores]
-            for episode in run_episodes(tasks, teacher, config, embed, score_function(config)):
+            # A dictionary, because a short file gives the same task again within a block.
+            new = {task.id: task for task in map(stream, indices) if task.id not in scores}
+            for episode in run_episodes(list(new.values()), teacher, config, embed, score):
                 scores[episode.task.id] = episode.reward
                 file.write(json.dumps(as_line(episode, config), ensure_ascii=False) + "\n")
             file.flush()

@@ -7,7 +7,6 @@ seeded by the step, so no generator state has to be saved.
 
 import json
 import os
-import re
 import shutil
 import signal
 import uuid
@@ -29,12 +28,11 @@ from training.distributed import all_reduce_max, is_sharded
 PATIENCE = timedelta(hours=2)  # how long a process waits for the rollouts of another
 # Full tensors on the CPU. The same call serves one process, DDP and FSDP2.
 FULL = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)
-STEP = re.compile(r"step-\d{6,}")
 
 
 def checkpoints(run: str | Path) -> list[Path]:
     """The checkpoints of a run folder, oldest first. All are complete: they were renamed last."""
-    return [path for path in sorted(Path(run).glob("step-*")) if STEP.fullmatch(path.name)]
+    return sorted(Path(run).glob("step-" + 6 * "[0-9]"))
 
 
 def latest_checkpoint(run: str | Path) -> Path:

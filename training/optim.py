@@ -33,12 +33,12 @@ class Muon(torch.optim.Optimizer):
                 parameter.add_(update, alpha=-scale * group["lr"])
 
 
-def orthogonalize(matrix: torch.Tensor, steps: int = 5) -> torch.Tensor:
+def orthogonalize(matrix: torch.Tensor) -> torch.Tensor:
     """About U V^T of a matrix U S V^T, by Newton-Schulz iteration. Same shape."""
     tall = matrix.shape[0] > matrix.shape[1]
     x = matrix.mT.contiguous() if tall else matrix  # wide, so that the products below are small
     x = x / x.square().sum().sqrt().clamp(min=1e-7)
-    for _ in range(steps):  # a quintic that drives the singular values towards 1
+    for _ in range(5):  # a quintic that drives the singular values towards 1
         gram = x @ x.mT  # (rows, rows)
         update = torch.addmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
         x = torch.addmm(x, update, x, beta=3.4445)
@@ -57,8 +57,8 @@ def make_optimizers(policy: LanguageModel, kind: str) -> list[torch.optim.Optimi
     for parameter in filter(lambda one: one.requires_grad, policy.parameters()):
         inner = kind == "muon" and parameter.ndim == 2 and id(parameter) not in tables
         (matrices if inner else others).append(parameter)
-    others = {"params": others, "lr_scale": 0.3 if matrices else 1.0}
-    optimizers = [torch.optim.AdamW([others], lr=0.0, betas=(0.9, 0.95), weight_decay=0.0)]
+    group = {"params": others, "lr_scale": 0.3 if matrices else 1.0}
+    optimizers = [torch.optim.AdamW([group], lr=0.0, betas=(0.9, 0.95), weight_decay=0.0)]
     if matrices:
         optimizers.append(Muon([{"params": matrices, "lr_scale": 1.0}]))
     return optimizers

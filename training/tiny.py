@@ -58,6 +58,8 @@ def train_tokenizer(config: Config) -> PreTrainedTokenizerFast:
     """A tokenizer of the town's words. Each tag of the dialect is one token."""
     control = [PAD, END, RESPONSE]
     tags = [f"<{slash}{tag}>" for tag in TAGS[config.dialect].values() for slash in ("", "/")]
+    if config.dialect == "released":  # Memory 2: ..., \boxed{...}
+        tags += ["Memory", "\\boxed{", "}"]
     tokenizer = Tokenizer(models.WordLevel(unk_token=PAD))
     split = [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()]
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(split)
