@@ -1,5 +1,5 @@
 #!/bin/bash
-# The experiments with the tiny model, for one seed: by estimate two hours on one core.
+# The experiments with the tiny model, for one seed: by estimate three hours on one core.
 #
 #     bash results/reproduce.sh 42                      # the same with 43 and 44; then:
 #     python results/tables.py                          # the tables of docs/results.md
@@ -68,3 +68,10 @@ evaluate sft-long "--sweep length=1" evaluation-length=1
 full="import tasks.demonstrators as d, sft; d.WORKFLOWS = {'full': 1.0}; sft.main()"
 stage sft sft-full "--seed $seed $more" -c "$full" # demonstrations of the best workflow alone
 evaluate sft-full "--sweep length=1" evaluation-length=1
+
+# finer credit, where there is room for it: longer stories, more questions, a weaker start
+sft hard "--length 2 --questions 4 --sft_steps 800"
+start="--from runs/hard-$seed/sft --save_every 5"
+stage grpo plain "$start" -m forks.credit plain
+stage grpo hide "$start" -m forks.credit hide
+stage grpo branch "$start --tasks_per_step 4" -m forks.credit branch

@@ -1,6 +1,6 @@
 """The tables of docs/results.md in markdown, from the rows of results/reproduce.sh.
 
-python results/tables.py             from results/evaluations.jsonl and results/grpo-*.jsonl
+python results/tables.py             from results/evaluations.jsonl and results/*-SEED.jsonl
 python results/tables.py collect     first copy into these files what is new in runs/
 
 A cell is "-" if its run is missing. A mean over the seeds is "-" if one of them is.
@@ -14,6 +14,7 @@ from statistics import mean
 
 SEEDS = (42, 43, 44)
 RATES = ("create", "read", "update", "delete", "scratchpad")
+CREDIT = ("plain", "hide", "branch")  # the commands of forks/credit.py
 FILE = Path("results/evaluations.jsonl")  # {"run": "default-42", "label": "grpo 1x", "em": ...}
 
 
@@ -24,15 +25,16 @@ def load() -> dict[tuple, dict]:
 
 
 def collect():
-    """Add the rows of runs/ to FILE, and copy the metrics of the default runs."""
+    """Add the rows of runs/ to FILE, and copy the metrics that curves() and credit() need."""
     rows = load()
     for seed in SEEDS:
         for path in sorted(Path("runs").glob(f"*-{seed}/evaluation-*.json")):
             for row in json.loads(path.read_text()):
                 rows[path.parent.name, row["label"]] = {"run": path.parent.name} | row
-        metrics = Path(f"runs/default-{seed}/grpo/metrics.jsonl")
-        if metrics.exists():
-            shutil.copy(metrics, f"results/grpo-{seed}.jsonl")
+        for name in ("default", *CREDIT):
+            metrics = Path(f"runs/{name}-{seed}/grpo/metrics.jsonl")
+            if metrics.exists():
+                shutil.copy(metrics, f"results/{name}-{seed}.jsonl")
     FILE.write_text("".join(json.dumps(rows[key]) + "\n" for key in sorted(rows)))
 
 
@@ -54,12 +56,34 @@ def head(title: str, *more: str):
     print(f"\n### {title}\n\n| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
 
 
+def metrics_of(name: str, seed: int) -> list[dict]:
+    """One dictionary per GRPO step. Empty if the run is missing."""
+    path = Path(f"results/{name}-{seed}.jsonl")
+    return list(map(json.loads, path.read_text().splitlines())) if path.exists() else []
+
+
+def credit(goal: float = 0.9):
+    """How soon each way to give credit reaches the goal, and what it stores without need."""
+    columns = "steps to 0.9 | tokens to 0.9 | best held-out EM | useless entries, last 10 steps"
+    print(f"\n### Credit\n\n| | {columns} |\n|---|---|---|---|---|")
+    for name, seed in ((name, seed) for name in CREDIT for seed in SEEDS):
+        steps = metrics_of(name, seed)
+        if not steps:
+            continue
+        scores = {step["step"]: step["held_out_em"] for step in steps if "held_out_em" in step}
+        reached = next((number for number in scores if scores[number] >= goal), None)
+        tokens = sum(step["sampled_tokens"] for step in steps[:reached])
+        useless = mean(step["useless"] for step in steps[-10:])
+        soon = f"{reached} | {tokens:.3g}" if reached else f"- | not in {tokens:.3g}"
+        print(f"| {name}, seed {seed} | {soon} | {max(scores.values()):.3f} | {useless:.2f} |")
+
+
 def curves():
     """The default run's rates in the first 5 and the last 20 GRPO steps, over all seeds."""
     print("\n### Rates in GRPO\n\n| | first 5 steps | last 20 steps |\n|---|---|---|")
     first, last = [], []
-    for path in sorted(Path("results").glob("grpo-*.jsonl")):
-        steps = list(map(json.loads, path.read_text().splitlines()))
+    for seed in SEEDS:
+        steps = metrics_of("default", seed)
         first, last = first + steps[:5], last + steps[-20:]
     for name in ("reward", *RATES, "entries", "turns"):
         before, after = (mean(step[name] for step in part) for part in (first, last))
@@ -89,6 +113,7 @@ def main():
     head("Imitation alone")
     for name in ("sft-long", "sft-full"):
         print(line(rows, name, name, "sft 1x"))
+    credit()
     curves()
 
 

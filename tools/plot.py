@@ -1,6 +1,6 @@
 """The learning curves of GRPO runs as a picture.
 
-    python -m tools.plot curves.png results/grpo-4?.jsonl       the mean and range of three runs
+    python -m tools.plot curves.png results/default-4?.jsonl       the mean and range of three runs
 It needs matplotlib.
 """
 
