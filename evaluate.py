@@ -1,7 +1,7 @@
 """Evaluation: the table of checkpoints with intervals, ablations, baselines and sweeps.
 
     python evaluate.py                         SFT and GRPO of runs/town at 1, 2 and 4 times the
-                                               training length: 1.4 minutes on two cores
+                                               training length: two minutes
     python evaluate.py --ablate                the GRPO policy without some operations (Table 2)
     python evaluate.py --baselines             full context, RAG, scratchpad, no memory (Table 1)
     python evaluate.py --sweep top_k=3,6,12 chunk_tokens=2048,4096     all combinations (Table 3)
