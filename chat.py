@@ -40,8 +40,7 @@ def fit(observation: Observation, num_tokens: Callable, limit: int) -> Observati
         else:
             raise BadInput(
                 f"the text and questions alone make a prompt of {tokens} tokens, longer than "
-                f"--max_prompt_tokens {limit}: raise it, or lower --chunk_tokens or "
-                "--questions"
+                f"--max_prompt_tokens {limit}: raise it, or lower --chunk_tokens or --questions"
             )
     return observation
 

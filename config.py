@@ -133,6 +133,8 @@ class Config:
         need(not (town and self.data), "--data is for the QA sets: the town writes its own stories")
         need(not town or self.questions <= 4, "--questions: a story of the town has at most 4")
         need(self.temperature > 0, "--temperature must be above 0: training has to sample")
+        for name in ("clip_low", "easy_share"):
+            need(getattr(self, name) < 1, f"--{name} must be below 1")
         need("/" not in self.name, f"--name {self.name}: it names one folder, so it has no slash")
 
     def enabled(self, operation: str) -> bool:

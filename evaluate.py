@@ -55,8 +55,7 @@ class Contestant:
         if not self.gold:
             return model
         if config.task == "town":
-            best = next(iter(workflow_shares(config)))
-            return TownDemonstrator(best, config, noise=0.0)
+            return TownDemonstrator(next(iter(workflow_shares(config))), config, noise=0.0)
         return GoldDemonstrator(tasks, config, model)
 
 

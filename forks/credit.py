@@ -5,8 +5,8 @@
     python -m forks.credit plain --from runs/town/sft --name plain       grpo.py, to compare
 
 hide: for each entry that was shown while answering, answer once more without it. The fall in reward
-    is the entry's credit. The tokens of the Create or Update that wrote it get half this credit,
-    minus PRICE, and half the episode's advantage. ECHO (2606.31650) routes credit by record, too.
+    is the entry's credit. The tokens of the Create or Update that wrote it get the mean of the
+    episode's advantage and this credit less PRICE. ECHO (2606.31650) routes credit by record, too.
 branch: play one episode of each task, and replay it from BRANCHES random turns, `group_size` times
     each, with the same memory, query and position. Advantages are relative to these siblings (eq.
     8) and apply to the turns after the branching. Memory-R2 (2605.21768) rolls out locally as well.

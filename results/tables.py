@@ -14,6 +14,16 @@ from statistics import mean
 
 SEEDS = (42, 43, 44)
 RATES = ("create", "read", "update", "delete", "scratchpad")
+DISABLED = {
+    "default": "all operations",
+    "no-update": "all but Update",
+    "no-delete": "all but Delete",
+    "no-update-delete": "all but Update and Delete",
+    "no-scratchpad": "all but the scratchpad",
+    "scratchpad-alone": "the scratchpad alone (MemAgent's workflow)",
+    "create-read": "Create and Read alone",
+    "no-sft": "all operations, one SFT step",
+}
 CREDIT = ("plain", "hide", "branch")  # the commands of forks/credit.py
 FILE = Path("results/evaluations.jsonl")  # {"run": "default-42", "label": "grpo 1x", "em": ...}
 
@@ -62,9 +72,11 @@ def metrics_of(name: str, seed: int) -> list[dict]:
     return list(map(json.loads, path.read_text().splitlines())) if path.exists() else []
 
 
-def credit(goal: float = 0.9):
+def credit(goal=0.9):
     """How soon each way to give credit reaches the goal, and what it stores without need."""
-    columns = "steps to 0.9 | tokens to 0.9 | best held-out EM | useless entries, last 10 steps"
+    columns = (
+        f"steps to {goal} | tokens to {goal} | best held-out EM | useless entries, last 10 steps"
+    )
     print(f"\n### Credit\n\n| | {columns} |\n|---|---|---|---|---|")
     for name, seed in ((name, seed) for name in CREDIT for seed in SEEDS):
         steps = metrics_of(name, seed)
@@ -103,10 +115,9 @@ def main():
     head("Random entries at test time")
     print(line(rows, "random", "default", "grpo 1x retrieval random"))
     head("Operations switched off from the start", *RATES)
-    disabled = "no-update no-delete no-update-delete no-scratchpad scratchpad-alone create-read"
-    for name in ("default", *disabled.split(), "no-sft"):
-        for stage in stages:
-            print(line(rows, f"{name}, {stage}", name, f"{stage} 1x", RATES))
+    for name, title in DISABLED.items():
+        print(line(rows, f"{title}: SFT", name, "sft 1x", RATES))
+        print(line(rows, f"{title}: SFT + GRPO", name, "grpo 1x", RATES))
     head("GRPO under another setting, from the default SFT", *RATES)
     for name in ("capacity=3", "capacity=4", "capacity=6", "top_k=1", "top_k=2", "top_k=8"):
         print(line(rows, name, name, "grpo 1x", RATES))

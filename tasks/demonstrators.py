@@ -219,7 +219,7 @@ def read_jsonl_log(path: Path, mark: str) -> list[dict]:
     """The rows of a JSONL file that is written line by line. The first row has the key `mark`.
 
     A stopped process may leave half a line at the end. It is cut off the file. Raises BadInput, and
-    changes nothing, if it is another kind of file. tools/server.py keeps its answers so, too.
+    changes nothing, if it is another kind of file. tools/server.py uses it for answers.
     """
     *lines, rest = path.read_bytes().split(b"\n")
     try:

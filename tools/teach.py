@@ -36,7 +36,8 @@ def record(teacher: Policy, stream: Callable, config: Config, embed: Embedder) -
         need(not different, f"{path} was made with another {', '.join(different)}: name a new file")
     else:
         path.write_text(json.dumps({"settings": settings}) + "\n")
-    scores, score = {line["task"]: line["score"] for line in lines}, score_function(config)
+    scores = {line["task"]: line["score"] for line in lines}
+    score = score_function(config)
     block = config.in_flight if config.endpoint else config.sample_rows  # episodes side by side
     with open(path, "a", encoding="utf-8") as file:
         for start in tqdm(range(0, config.sft_tasks, block), unit="block", disable=None):

@@ -7,7 +7,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from agent import TAGS
+from agent import FORMS, TAGS
 from chat import NO_INSTRUCTION
 from config import Config
 from policy import LanguageModel
@@ -55,11 +55,11 @@ def create_policy(config: Config) -> LanguageModel:
 
 
 def train_tokenizer(config: Config) -> PreTrainedTokenizerFast:
-    """A tokenizer of the town's words. Each tag of the dialect is one token."""
+    """A tokenizer of the town's words. Each tag of the dialect, and what it adds, is one token."""
     control = [PAD, END, RESPONSE]
     tags = [f"<{slash}{tag}>" for tag in TAGS[config.dialect].values() for slash in ("", "/")]
-    if config.dialect == "released":  # Memory 2: ..., \boxed{...}
-        tags += ["Memory", "\\boxed{", "}"]
+    number, answer = FORMS[config.dialect]  # such as "Memory 2" and \boxed{text}
+    tags += filter(None, [number.rstrip(" 2"), *answer.split("text")])
     tokenizer = Tokenizer(models.WordLevel(unk_token=PAD))
     split = [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()]
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(split)
