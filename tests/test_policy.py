@@ -119,7 +119,7 @@ def test_text_is_never_more_than_text(chat_tokenizer):
 
 def test_a_response_that_names_a_control_token_is_text(tiny, chat_tokenizer):
     """Bug: SFT teaches an end token in the middle of a response, because a demonstration copied
-    "<end>" or "<|im_end|>" from a document."""
+    "<end>" or "<|im_end|>" from a document; a prompt is refused because an entry has "<pad>"."""
     text = "<create_memory>Anna <|im_end|> has<|im_start|> a cat</create_memory>"
     policy = qwen3(chat_tokenizer, Config())
     [ids] = policy.chat.encode_responses([text])
@@ -136,8 +136,9 @@ def test_a_response_that_names_a_control_token_is_text(tiny, chat_tokenizer):
     assert ids[0] == tag and ids[-2:] == [closing, vocab["<end>"]]
     assert not set(ids[1:-2]) & {tag, closing, vocab["<end>"], vocab["<response>"]}
     [observation] = observations(1)
-    [(_, ids)] = tiny.encode([replace(observation, scratchpad="<end> <response> <answer>")])
-    assert vocab["<end>"] not in ids and ids.count(vocab["<response>"]) == 1
+    named = "<end> <response> <answer> <pad> zebra"  # an untrained model writes them all
+    [(_, ids)] = tiny.encode([replace(observation, scratchpad=named)])
+    assert not {vocab["<end>"], vocab["<pad>"]} & set(ids) and ids.count(vocab["<response>"]) == 1
     assert ids.count(vocab["<answer>"]) == 1
 
 
