@@ -135,9 +135,8 @@ def grpo_step(
     differences = [torch.zeros(1, device=accelerator.device)]
     for batch in dist.shared_batches(model, samples, config.micro_batch_tokens, accelerator):
         logprobs, entropy = model(batch)  # (n,)
-        advantages = torch.cat(
-            [torch.as_tensor(one.advantage).expand(len(one.response_ids)) for one in batch]
-        ).to(logprobs)  # (n,)
+        advantages = torch.tensor([one.advantage for one in batch for _ in one.response_ids])
+        advantages = advantages.to(logprobs)  # (n,)
         sampled = torch.tensor([x for sample in batch for x in sample.logprobs]).to(logprobs)
         if batch[0].old_logprobs is None:
             old = logprobs.detach()

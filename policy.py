@@ -39,7 +39,7 @@ class Sample:
     prompt_ids: list[int]
     response_ids: list[int]
     logprobs: list[float] = field(default_factory=list)  # as the sampler computed them
-    advantage: float | torch.Tensor = 0.0  # of the turn, or (n,) of each response token
+    advantage: float = 0.0
     old_logprobs: torch.Tensor | None = None  # (n,), before the first of several updates
 
     @property

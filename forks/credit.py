@@ -4,143 +4,116 @@
     python -m forks.credit branch --from runs/town/sft --name branch --tasks_per_step 4
     python -m forks.credit plain --from runs/town/sft --name plain       grpo.py, to compare
 
-hide: for each entry that was shown while answering, answer once more without it. The fall in reward
-    is the entry's credit. The tokens of the Create or Update that wrote it get the mean of the
-    episode's advantage and this credit less PRICE. ECHO (2606.31650) routes credit by record, too.
-branch: play one episode of each task, and replay it from BRANCHES random turns, `group_size` times
+hide: take REPLAYS of the entries that were shown while answering, and for each one answer once more
+    without it. The fall in reward is its credit. An entry that was never shown has the credit 0.
+    The turns that wrote an entry get the mean of the episode's advantage and the entry's credit
+    less PRICE. ECHO (2606.31650) routes credit by record, too.
+branch: play one episode of each task, and replay it from REPLAYS random turns, `group_size` times
     each, with the same memory, query and position. Advantages are relative to these siblings (eq.
     8) and apply to the turns after the branching. Memory-R2 (2605.21768) rolls out locally as well.
 
-All log `sampled_tokens`, those of replays included, and `useless`: the entries at the end of an
-episode that no answering turn has shown. For one process.
+Logged: `sampled_tokens`, those of replays included, and `useless`: how many entries an episode ends
+with that were never shown while answering. For one process.
 """
 
-import re
 import sys
-from bisect import bisect_left
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 from random import Random
-
-import torch
+from statistics import mean
 
 import grpo
-from agent import Episode, Turn, continue_episodes
+from agent import Episode, continue_episodes
 from config import need
 from memory import Memory
 from policy import Sample
 from tasks.scoring import tally
 
-BRANCHES = 2  # per task; with half the tasks, about as many tokens as grpo.py samples
-MIX = 0.5  # weight of an entry's own credit
+REPLAYS = 2  # turns of a task to branch from, or entries of an episode to hide
 PRICE = 0.02  # the reward that an entry has to bring, or else it should not be stored
-run_episodes, summarize = grpo.run_episodes, grpo.summarize
-step = {}  # what the functions below tell each other in one step
-
-
-def copy_state(episode: Episode) -> Episode:
-    """An episode that goes on from the same state. Its list of turns is empty."""
-    return deepcopy(replace(episode, turns=[]))
+run_episodes, summarize, to_samples = grpo.run_episodes, grpo.summarize, grpo.to_samples
+logged = {}  # metrics of the step
+credits = []  # of the step's episodes: {id of an entry: its credit}, of those that are known
 
 
 def shown_entries(episode: Episode) -> set[int]:
     """The ids of the entries that were shown while answering."""
-    shown = [turn.observation for turn in episode.turns if turn.observation.question]
-    return {entry.id for observation in shown for entry in observation.entries}
+    seen = [turn.observation for turn in episode.turns]
+    return {entry.id for one in seen if one.question for entry in one.entries}
 
 
-def count(whole: list[Episode], parts: list[Episode]):
-    """Note the metrics of a step's whole episodes and of the replayed parts of episodes."""
-    useless = [len(set(one.memory.texts) - shown_entries(one)) for one in whole]
-    step["useless"] = sum(useless) / len(whole)
-    step["sampled_tokens"] = tally(whole + parts)["tokens"]
-
-
-def plain(*arguments) -> list[Episode]:
-    episodes = run_episodes(*arguments)
-    count(episodes, [])
-    return episodes
-
-
-def branch(tasks, policy, config, embed, score, seed) -> list[Episode]:
-    """In place of run_episodes: groups of `group_size` episodes that start from one state."""
-    tasks = tasks[:: config.group_size]
-    states = [[Episode(task, Memory(config.capacity))] for task in tasks]  # of each task, by turn
+def run_and_keep(tasks, policy, config, *rest) -> tuple[list[Episode], list[list[Episode]]]:
+    """(episodes, [copies of each before each turn, without the turns so far])."""
+    states = [[Episode(task, Memory(config.capacity))] for task in tasks]
 
     def keep(episodes):
         for before, episode in zip(states, episodes):
             if not episode.done:
-                before.append(copy_state(episode))
+                before.append(deepcopy(replace(episode, turns=[])))
 
-    trunks = run_episodes(tasks, policy, config, embed, score, seed, progress=keep)
-    rng = Random(f"{config.seed} {seed} branches")
-    chosen = [state for before in states for state in rng.choices(before, k=BRANCHES)]
-    branches = [copy_state(state) for state in chosen for _ in range(config.group_size)]
+    return run_episodes(tasks, policy, config, *rest, progress=keep), states
+
+
+def branch(tasks, policy, config, embed, score, seed) -> tuple[list[Episode], list[Episode]]:
+    """(groups of `group_size` episodes that start from one state, the episodes they are from)."""
+    trunks, states = run_and_keep(tasks[:: config.group_size], policy, config, embed, score, seed)
+    rng = Random(f"{config.seed} {seed}")
+    chosen = [state for before in states for state in rng.choices(before, k=REPLAYS)]
+    branches = [deepcopy(state) for state in chosen for _ in range(config.group_size)]
     for one in branches:
         one.rng = Random(rng.random())
     continue_episodes(branches, policy, config, embed, score)
-    count(trunks, branches)
-    return branches
+    return branches, trunks
 
 
-def hide(tasks, policy, config, embed, score, seed) -> list[Episode]:
-    """run_episodes. Sets step["credit"]: {id of an entry: its credit} of each episode."""
-    states = {}  # of each episode before its first question
-
-    def keep(episodes):
-        for number, episode in enumerate(episodes):
-            if episode.position == len(episode.task.chunks) and number not in states:
-                states[number] = copy_state(episode)
-
-    episodes = run_episodes(tasks, policy, config, embed, score, seed, progress=keep)
-    replays = []  # (episode number, hidden entry, replay)
-    for number, state in states.items():
-        for id in shown_entries(episodes[number]) & set(state.memory.texts):
-            replays.append((number, id, copy_state(state)))
-            replays[-1][2].memory.delete(id)
-    played = [replay for *_, replay in replays]
-    continue_episodes(played, policy, config, embed, score)
-    step["credit"], step["decode"] = [{} for _ in episodes], policy.chat.decode
-    for number, id, replay in replays:
-        step["credit"][number][id] = episodes[number].reward - replay.reward
-    count(episodes, played)
-    return episodes
-
-
-def token_advantages(turn: Turn, advantage: float, credit: dict[int, float]) -> torch.Tensor:
-    """(n,): the episode's advantage. In a Create or Update it is mixed with its entry's credit."""
-    ids, operations = turn.response.ids, turn.operations
-    values = torch.full((len(ids),), float(advantage))
-    ends = [match.end() for match in re.finditer(r"</\w+>", turn.response.text)]
-    if len(ends) != len(operations):  # some are malformed: it is not clear which tokens are whose
-        return values
-    for index in range(len(ids)):
-        at = bisect_left(ends, len(step["decode"](ids[: index + 1])))
-        if at < len(ends) and operations[at].kind in ("create", "update"):
-            own = credit.get(operations[at].id, 0.0) - PRICE
-            values[index] += MIX * (own - values[index])
-    return values
+def hide(tasks, policy, config, embed, score, seed) -> tuple[list[Episode], list[Episode]]:
+    """(episodes, replays of their questions). Sets `credits`."""
+    episodes, states = run_and_keep(tasks, policy, config, embed, score, seed)
+    replays, hidden = [], []  # of each replay: (credits of the episode, its reward, hidden entry)
+    credits.clear()
+    for episode, before in zip(episodes, states):
+        shown, read = shown_entries(episode), len(episode.task.chunks)
+        credits.append(dict.fromkeys(set(episode.memory.texts) - shown, 0.0))
+        state = next(one for one in before if one.position == read)  # before the first question
+        candidates = sorted(shown & set(state.memory.texts))
+        for id in episode.rng.sample(candidates, min(REPLAYS, len(candidates))):
+            replays.append(deepcopy(state))
+            replays[-1].memory.delete(id)
+            hidden.append((credits[-1], episode.reward, id))
+    continue_episodes(replays, policy, config, embed, score)
+    for replay, (credit, reward, id) in zip(replays, hidden):
+        credit[id] = reward - replay.reward
+    return episodes, replays
 
 
 def credited_samples(episodes, advantages, keep_all) -> list[Sample]:
-    """In place of to_samples, with an advantage for each token."""
+    """to_samples, with an advantage of their own for the turns that wrote entries."""
     samples = []
-    for episode, advantage, credit in zip(episodes, advantages, step["credit"]):
+    for episode, advantage, credit in zip(episodes, advantages, credits):
         for turn in episode.turns:
-            written, values = turn.response, token_advantages(turn, advantage, credit)
-            if not written.truncated and (values.any() or keep_all):
-                samples.append(Sample(written.prompt_ids, written.ids, written.logprobs, values))
+            own = [credit[one.id] - PRICE for one in turn.operations if one.id in credit]
+            value = (advantage + mean(own)) / 2 if own else advantage
+            samples += to_samples([replace(episode, turns=[turn])], [value], keep_all)
     return samples
 
 
-KINDS = {"plain": plain, "branch": branch, "hide": hide}
+def rollout(kind, *arguments) -> list[Episode]:
+    """In place of run_episodes: the episodes to train on. Notes the metrics."""
+    trained, others = kind(*arguments)
+    whole = [one for one in trained + others if one.turns[0].position == 0]
+    logged["useless"] = mean(len(set(one.memory.texts) - shown_entries(one)) for one in whole)
+    logged["sampled_tokens"] = tally(trained + others)["tokens"]
+    return trained
+
+
+KINDS = {"plain": lambda *arguments: (run_episodes(*arguments), []), "hide": hide, "branch": branch}
 
 if __name__ == "__main__":
     kind = sys.argv.pop(1) if len(sys.argv) > 1 else ""
     need(kind in KINDS, f"say which: {', '.join(KINDS)}")
-    grpo.run_episodes = KINDS[kind]
+    grpo.run_episodes = partial(rollout, KINDS[kind])
     if kind == "hide":
         grpo.to_samples = credited_samples
-    logged = ("sampled_tokens", "useless")
-    grpo.summarize = lambda sums: summarize(sums) | {name: step[name] for name in logged}
+    grpo.summarize = lambda sums: summarize(sums) | logged
     grpo.main()

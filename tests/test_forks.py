@@ -150,12 +150,6 @@ def test_adapters_are_trained(call, monkeypatch):
 class Reader:
     """Stores both facts, Reads the name asked, and answers "cat" if it is shown, else at random."""
 
-    def __init__(self):
-        self.chat = self  # it decodes its own ids: one per character
-
-    def decode(self, ids):
-        return "".join(map(chr, ids))
-
     def respond(self, observations):
         return [self.reply(one) for one in observations]
 
@@ -166,34 +160,33 @@ class Reader:
         elif shown.question:
             answer = "cat" if shown.entries else shown.rng.choice(["dog", "rat"])
             text = f"<answer>{answer}</answer>"
-        return agent.Response(text, len(text), [1], list(map(ord, text)), [-1.0] * len(text))
+        return agent.Response(text, tokens=1, prompt_ids=[1], ids=[2], logprobs=[-1.0])
 
 
 FACTS = ["Anna has a cat", "Ben has a dog"]
 
 
 def test_credit_by_hiding_an_entry(config, embed):
-    """Bug: an entry gets the credit of another one, or a token that of another operation."""
+    """Bug: an entry gets the credit of another one, or a turn that of another turn."""
     credit, task = load("credit"), make_task(FACTS, answers=["cat"])
-    episodes = credit.hide([task] * 2, Reader(), config, embed, scoring.exact_match, 0)
+    rest = [task] * 2, Reader(), config, embed, scoring.exact_match, 0
+    episodes = credit.rollout(credit.hide, *rest)
     assert [len(episode.turns) for episode in episodes] == [4, 4]
-    assert credit.step["credit"] == [{0: 1.0}, {0: 1.0}]  # the dog is never shown
-    assert credit.step["useless"] == 1
-    tokens = sum(turn.response.tokens for episode in episodes for turn in episode.turns)
-    assert credit.step["sampled_tokens"] > tokens  # the replays count as well
+    assert credit.credits == [{0: 1.0, 1: 0.0}] * 2  # the dog is never shown
+    assert credit.logged == {"useless": 1, "sampled_tokens": 12}  # the replays have two turns each
     samples = credit.credited_samples(episodes, [0.5, 0.0], keep_all=False)
-    advantages = [sample.advantage.unique().tolist() for sample in samples]
-    useful, useless = ((1 - credit.PRICE) / 2, -credit.PRICE / 2)  # half of it: MIX
-    expected = [useful + 0.25], [useless + 0.25], [0.5], [0.5], [useful], [useless]
-    assert advantages == [pytest.approx(one) for one in expected]
+    useful, useless = (1 - credit.PRICE) / 2, -credit.PRICE / 2  # the mean of this and 0.5 or 0.0
+    expected = [useful + 0.25, useless + 0.25, 0.5, 0.5, useful, useless]
+    assert [sample.advantage for sample in samples] == pytest.approx(expected)
 
 
 def test_branches_start_from_the_same_state(config, embed):
     """Bug: the episodes of a group differ before their first turn, or are all the same."""
     credit, task = load("credit"), make_task(FACTS, answers=["cat"])
     config.group_size, config.disable = 16, ["create"]
-    episodes = credit.branch([task] * 16, Reader(), config, embed, scoring.exact_match, 0)
-    assert len(episodes) == 16 * credit.BRANCHES and all(one.done for one in episodes)
+    rest = [task] * 16, Reader(), config, embed, scoring.exact_match, 0
+    episodes = credit.rollout(credit.branch, *rest)
+    assert len(episodes) == 16 * credit.REPLAYS and all(one.done for one in episodes)
     for start in range(0, len(episodes), 16):
         group = episodes[start : start + 16]
         assert len({repr(replace(one.turns[0].observation, rng=None)) for one in group}) == 1
