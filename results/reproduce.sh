@@ -70,8 +70,13 @@ stage sft sft-full "--seed $seed $more" -c "$full" # demonstrations of the best 
 evaluate sft-full "--sweep length=1" evaluation-length=1
 
 # finer credit, where there is room for it: longer stories, more questions, a weaker start
-sft hard "--length 2 --questions 4 --sft_steps 800"
-start="--from runs/hard-$seed/sft --save_every 5"
-stage grpo plain "$start" -m forks.credit plain
-stage grpo hide "$start" -m forks.credit hide
-stage grpo branch "$start --tasks_per_step 4" -m forks.credit branch
+credit() { # NAME KIND TASKS_PER_STEP
+    start="--from runs/credit-$seed/sft --save_every 5 --tasks_per_step $3"
+    stage grpo $1 "$start" -m forks.credit $2
+    evaluate $1 "--sweep length=2" evaluation-length=2
+}
+sft credit "--length 2 --questions 4 --sft_steps 800"
+credit credit-plain-8 plain 8
+credit credit-plain plain 4
+credit credit-hide hide 4
+credit credit-branch branch 4

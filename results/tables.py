@@ -24,7 +24,12 @@ DISABLED = {
     "create-read": "Create and Read alone",
     "no-sft": "all operations, one SFT step",
 }
-CREDIT = ("plain", "hide", "branch")  # the commands of forks/credit.py
+CREDIT = {
+    "credit-plain-8": "plain, 8 tasks per step",
+    "credit-plain": "plain, 4 tasks per step",
+    "credit-hide": "hide, 4 tasks per step",
+    "credit-branch": "branch, 4 tasks per step",
+}
 FILE = Path("results/evaluations.jsonl")  # {"run": "default-42", "label": "grpo 1x", "em": ...}
 
 
@@ -72,22 +77,24 @@ def metrics_of(name: str, seed: int) -> list[dict]:
     return list(map(json.loads, path.read_text().splitlines())) if path.exists() else []
 
 
-def credit(goal=0.9):
-    """How soon each way to give credit reaches the goal, and what it stores without need."""
-    columns = (
-        f"steps to {goal} | tokens to {goal} | best held-out EM | useless entries, last 10 steps"
-    )
-    print(f"\n### Credit\n\n| | {columns} |\n|---|---|---|---|---|")
-    for name, seed in ((name, seed) for name in CREDIT for seed in SEEDS):
-        steps = metrics_of(name, seed)
+def credit(rows: dict):
+    """Each way to give credit: the EM at the end, and means over the seeds on the way there."""
+    head("Credit")
+    for name, title in CREDIT.items():
+        print(line(rows, title, name, "grpo 2x"))
+    marks = (15, 30, 45, 60, 75)
+    columns = " | ".join(map(str, marks))
+    print(f"\n| held-out EM after GRPO steps | {columns} | tokens per step | useless entries |")
+    print("|---" * 8 + "|")
+    for name, title in CREDIT.items():
+        steps = [step for seed in SEEDS for step in metrics_of(name, seed)]
         if not steps:
             continue
-        scores = {step["step"]: step["held_out_em"] for step in steps if "held_out_em" in step}
-        reached = next((number for number in scores if scores[number] >= goal), None)
-        tokens = sum(step["sampled_tokens"] for step in steps[:reached])
-        useless = mean(step["useless"] for step in steps[-10:])
-        soon = f"{reached} | {tokens:.3g}" if reached else f"- | not in {tokens:.3g}"
-        print(f"| {name}, seed {seed} | {soon} | {max(scores.values()):.3f} | {useless:.2f} |")
+        scores = [mean(one["held_out_em"] for one in steps if one["step"] == at) for at in marks]
+        tokens = mean(one["sampled_tokens"] for one in steps)
+        useless = mean(one["useless"] for one in steps if one["step"] > 65)
+        cells = [*(f"{score:.3f}" for score in scores), f"{tokens:,.0f}", f"{useless:.1f}"]
+        print(f"| {title} | " + " | ".join(cells) + " |")
 
 
 def curves():
@@ -124,7 +131,7 @@ def main():
     head("Imitation alone")
     for name in ("sft-long", "sft-full"):
         print(line(rows, name, name, "sft 1x"))
-    credit()
+    credit(rows)
     curves()
 
 
