@@ -30,6 +30,7 @@ CREDIT = {
     "credit-hide": "hide, 4 tasks per step",
     "credit-branch": "branch, 4 tasks per step",
 }
+RATED = ("default", "capacity=3")  # their rates over the GRPO steps are shown
 FILE = Path("results/evaluations.jsonl")  # {"run": "default-42", "label": "grpo 1x", "em": ...}
 
 
@@ -40,13 +41,13 @@ def load() -> dict[tuple, dict]:
 
 
 def collect():
-    """Add the rows of runs/ to FILE, and copy the metrics that curves() and credit() need."""
+    """Add the rows of runs/ to FILE, and copy the metrics that rates() and credit() need."""
     rows = load()
     for seed in SEEDS:
         for path in sorted(Path("runs").glob(f"*-{seed}/evaluation-*.json")):
             for row in json.loads(path.read_text()):
                 rows[path.parent.name, row["label"]] = {"run": path.parent.name} | row
-        for name in ("default", *CREDIT):
+        for name in (*RATED, *CREDIT):
             metrics = Path(f"runs/{name}-{seed}/grpo/metrics.jsonl")
             if metrics.exists():
                 shutil.copy(metrics, f"results/{name}-{seed}.jsonl")
@@ -97,16 +98,14 @@ def credit(rows: dict):
         print(f"| {title} | " + " | ".join(cells) + " |")
 
 
-def curves():
-    """The default run's rates in the first 5 and the last 20 GRPO steps, over all seeds."""
-    print("\n### Rates in GRPO\n\n| | first 5 steps | last 20 steps |\n|---|---|---|")
-    first, last = [], []
-    for seed in SEEDS:
-        steps = metrics_of("default", seed)
-        first, last = first + steps[:5], last + steps[-20:]
-    for name in ("reward", *RATES, "entries", "turns"):
-        before, after = (mean(step[name] for step in part) for part in (first, last))
-        print(f"| {name} | {before:.3f} | {after:.3f} |")
+def rates(name: str):
+    """A run's rates in the first 5 and the last 20 GRPO steps, over all seeds."""
+    print(f"\n### Rates in GRPO: {name}\n\n| | first 5 steps | last 20 steps |\n|---|---|---|")
+    runs = [steps for seed in SEEDS if (steps := metrics_of(name, seed))]
+    for key in ("reward", *RATES, "invalid", "entries", "turns") if runs else ():
+        before = mean(step[key] for steps in runs for step in steps[:5])
+        after = mean(step[key] for steps in runs for step in steps[-20:])
+        print(f"| {key} | {before:.3f} | {after:.3f} |")
 
 
 def main():
@@ -132,7 +131,8 @@ def main():
     for name in ("sft-long", "sft-full"):
         print(line(rows, name, name, "sft 1x"))
     credit(rows)
-    curves()
+    for name in RATED:
+        rates(name)
 
 
 if __name__ == "__main__":
