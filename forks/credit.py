@@ -1,19 +1,19 @@
 """Finer credit than the paper's one advantage per episode, which it names as a limitation.
 
     python -m forks.credit hide --from runs/town/sft --name hide
-    python -m forks.credit branch --from runs/town/sft --name branch --tasks_per_step 4
+    python -m forks.credit branch --from runs/town/sft --name branch
     python -m forks.credit plain --from runs/town/sft --name plain       grpo.py, to compare
 
-hide: take REPLAYS of the entries that were shown while answering, and for each one answer once more
-    without it. The fall in reward is its credit. An entry that was never shown has the credit 0.
-    The turns that wrote an entry get the mean of the episode's advantage and the entry's credit
-    less PRICE. ECHO (2606.31650) routes credit by record, too.
-branch: play one episode of each task, and replay it from REPLAYS random turns, `group_size` times
-    each, with the same memory, query and position. Advantages are relative to these siblings (eq.
-    8) and apply to the turns after the branching. Memory-R2 (2605.21768) rolls out locally as well.
-
-Logged: `sampled_tokens`, those of replays included, and `useless`: how many entries an episode ends
-with that were never shown while answering. For one process.
+hide: choose REPLAYS of the entries that were shown while answering. For each one, answer all
+    questions again without it. The fall in reward is its credit. It is 0 for entries that are
+    stored at the end and were never shown while answering. A turn that wrote such entries gets the
+    mean of the episode's advantage and the entries' credit less PRICE. Other turns get the
+    advantage alone. ECHO (2606.31650) routes credit by record, too.
+branch: play one episode of each task. Go back to REPLAYS random turns of it, and play on from each
+    one `group_size` times. These are the groups of eq. 8. Only the turns from there on are trained,
+    and counted in the metrics `turns` and `tokens`. Memory-R2 (2605.21768) is similar.
+Two more metrics: `sampled_tokens`, with those that are not trained on, and `useless`, the number of
+    entries that are stored at the end and were never shown while answering. For one process.
 """
 
 import sys
@@ -44,7 +44,7 @@ def shown_entries(episode: Episode) -> set[int]:
 
 
 def run_and_keep(tasks, policy, config, *rest) -> tuple[list[Episode], list[list[Episode]]]:
-    """(episodes, [copies of each before each turn, without the turns so far])."""
+    """run_episodes. Also returns each episode's states before each turn: copies without turns."""
     states = [[Episode(task, Memory(config.capacity))] for task in tasks]
 
     def keep(episodes):
@@ -70,12 +70,12 @@ def branch(tasks, policy, config, embed, score, seed) -> tuple[list[Episode], li
 def hide(tasks, policy, config, embed, score, seed) -> tuple[list[Episode], list[Episode]]:
     """(episodes, replays of their questions). Sets `credits`."""
     episodes, states = run_and_keep(tasks, policy, config, embed, score, seed)
-    replays, hidden = [], []  # of each replay: (credits of the episode, its reward, hidden entry)
+    replays, hidden = [], []  # for each replay: (its episode's credits and reward, hidden entry)
     credits.clear()
     for episode, before in zip(episodes, states):
-        shown, read = shown_entries(episode), len(episode.task.chunks)
+        shown, chunks = shown_entries(episode), len(episode.task.chunks)
         credits.append(dict.fromkeys(set(episode.memory.texts) - shown, 0.0))
-        state = next(one for one in before if one.position == read)  # before the first question
+        state = next(one for one in before if one.position == chunks)  # before the first question
         candidates = sorted(shown & set(state.memory.texts))
         for id in episode.rng.sample(candidates, min(REPLAYS, len(candidates))):
             replays.append(deepcopy(state))
@@ -92,28 +92,29 @@ def credited_samples(episodes, advantages, keep_all) -> list[Sample]:
     samples = []
     for episode, advantage, credit in zip(episodes, advantages, credits):
         for turn in episode.turns:
-            own = [credit[one.id] - PRICE for one in turn.operations if one.id in credit]
+            wrote = {one.id for one in turn.operations if one.kind in ("create", "update")}
+            own = [credit[id] - PRICE for id in wrote & credit.keys()]
             value = (advantage + mean(own)) / 2 if own else advantage
             samples += to_samples([replace(episode, turns=[turn])], [value], keep_all)
     return samples
 
 
-def rollout(kind, *arguments) -> list[Episode]:
-    """In place of run_episodes: the episodes to train on. Notes the metrics."""
-    trained, others = kind(*arguments)
-    whole = [one for one in trained + others if one.turns[0].position == 0]
+def rollout(play, *arguments) -> list[Episode]:
+    """In place of run_episodes: the episodes to train on. Sets `logged`."""
+    trained, others = play(*arguments)
+    whole = [one for one in trained + others if one.turns[0].position == 0]  # nothing is hidden
     logged["useless"] = mean(len(set(one.memory.texts) - shown_entries(one)) for one in whole)
     logged["sampled_tokens"] = tally(trained + others)["tokens"]
     return trained
 
 
-KINDS = {"plain": lambda *arguments: (run_episodes(*arguments), []), "hide": hide, "branch": branch}
+WAYS = {"plain": lambda *arguments: (run_episodes(*arguments), []), "hide": hide, "branch": branch}
 
 if __name__ == "__main__":
-    kind = sys.argv.pop(1) if len(sys.argv) > 1 else ""
-    need(kind in KINDS, f"say which: {', '.join(KINDS)}")
-    grpo.run_episodes = partial(rollout, KINDS[kind])
-    if kind == "hide":
+    way = sys.argv.pop(1) if len(sys.argv) > 1 else ""
+    need(way in WAYS, f"the first argument must be one of: {', '.join(WAYS)}")
+    grpo.run_episodes = partial(rollout, WAYS[way])
+    if way == "hide":
         grpo.to_samples = credited_samples
     grpo.summarize = lambda sums: summarize(sums) | logged
     grpo.main()

@@ -76,6 +76,7 @@ credit() { # NAME KIND TASKS_PER_STEP
     evaluate $1 "--sweep length=2" evaluation-length=2
 }
 sft credit "--length 2 --questions 4 --sft_steps 800"
+evaluate credit "--sweep length=2" evaluation-length=2
 credit credit-plain-8 plain 8
 credit credit-plain plain 4
 credit credit-hide hide 4

@@ -3,7 +3,8 @@
 python results/tables.py             from results/evaluations.jsonl and results/*-SEED.jsonl
 python results/tables.py collect     first copy into these files what is new in runs/
 
-A cell is "-" if its run is missing. A mean over the seeds is "-" if one of them is.
+A cell is "-" if its run is missing, and so is a mean over the seeds. The tables by GRPO step are
+means of the seeds that there are.
 """
 
 import json
@@ -48,9 +49,9 @@ def collect():
             for row in json.loads(path.read_text()):
                 rows[path.parent.name, row["label"]] = {"run": path.parent.name} | row
         for name in (*RATED, *CREDIT):
-            metrics = Path(f"runs/{name}-{seed}/grpo/metrics.jsonl")
-            if metrics.exists():
-                shutil.copy(metrics, f"results/{name}-{seed}.jsonl")
+            run = Path(f"runs/{name}-{seed}/grpo")
+            if run.with_suffix(".finished").exists():
+                shutil.copy(run / "metrics.jsonl", f"results/{name}-{seed}.jsonl")
     FILE.write_text("".join(json.dumps(rows[key]) + "\n" for key in sorted(rows)))
 
 
@@ -79,13 +80,14 @@ def metrics_of(name: str, seed: int) -> list[dict]:
 
 
 def credit(rows: dict):
-    """Each way to give credit: the EM at the end, and means over the seeds on the way there."""
+    """Each way to give credit: the EM on test stories, then the held-out EM by GRPO step."""
     head("Credit")
+    print(line(rows, "SFT", "credit", "sft 2x"))
     for name, title in CREDIT.items():
         print(line(rows, title, name, "grpo 2x"))
     marks = (15, 30, 45, 60, 75)
     columns = " | ".join(map(str, marks))
-    print(f"\n| held-out EM after GRPO steps | {columns} | tokens per step | useless entries |")
+    print(f"\n| held-out EM after GRPO steps | {columns} | sampled tokens per step | useless |")
     print("|---" * 8 + "|")
     for name, title in CREDIT.items():
         steps = [step for seed in SEEDS for step in metrics_of(name, seed)]
@@ -99,7 +101,7 @@ def credit(rows: dict):
 
 
 def rates(name: str):
-    """A run's rates in the first 5 and the last 20 GRPO steps, over all seeds."""
+    """A run's rates in the first 5 and the last 20 GRPO steps."""
     print(f"\n### Rates in GRPO: {name}\n\n| | first 5 steps | last 20 steps |\n|---|---|---|")
     runs = [steps for seed in SEEDS if (steps := metrics_of(name, seed))]
     for key in ("reward", *RATES, "invalid", "entries", "turns") if runs else ():

@@ -159,7 +159,7 @@ class Reader:
             text = "<read_memory>Anna</read_memory>"
         elif shown.question:
             answer = "cat" if shown.entries else shown.rng.choice(["dog", "rat"])
-            text = f"<answer>{answer}</answer>"
+            text = f"<delete_memory>1</delete_memory><answer>{answer}</answer>"
         return agent.Response(text, tokens=1, prompt_ids=[1], ids=[2], logprobs=[-1.0])
 
 

@@ -136,7 +136,7 @@ def test_a_response_that_names_a_control_token_is_text(tiny, chat_tokenizer):
     assert ids[0] == tag and ids[-2:] == [closing, vocab["<end>"]]
     assert not set(ids[1:-2]) & {tag, closing, vocab["<end>"], vocab["<response>"]}
     [observation] = observations(1)
-    named = "<end> <response> <answer> <pad> zebra"  # an untrained model writes them all
+    named = "<end> <response> <answer> <pad> zebra"  # control tokens, a tag, an unknown word
     [(_, ids)] = tiny.encode([replace(observation, scratchpad=named)])
     assert not {vocab["<end>"], vocab["<pad>"]} & set(ids) and ids.count(vocab["<response>"]) == 1
     assert ids.count(vocab["<answer>"]) == 1

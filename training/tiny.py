@@ -60,7 +60,7 @@ def train_tokenizer(config: Config) -> PreTrainedTokenizerFast:
     tags = [f"<{slash}{tag}>" for tag in TAGS[config.dialect].values() for slash in ("", "/")]
     number, answer = FORMS[config.dialect]  # such as "Memory 2" and \boxed{text}
     tags += filter(None, [number.rstrip(" 2"), *answer.split("text")])
-    # An unknown word becomes "?". It must not become PAD, which no text may turn into.
+    # An unknown word becomes "?". If it became PAD, an entry with one would end the run.
     tokenizer = Tokenizer(models.WordLevel(unk_token="?"))
     split = [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()]
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(split)
