@@ -7,10 +7,10 @@
 hide: choose REPLAYS of the entries that were shown while answering. For each one, answer all
     questions again without it. The fall in reward is its credit. It is 0 for entries that are
     stored at the end and were never shown while answering. A turn that wrote such entries gets the
-    mean of the episode's advantage and the entries' credit less PRICE. ECHO (2606.31650) is similar.
+    mean of the episode's advantage and the entries' credit less PRICE. See also ECHO (2606.31650).
 branch: play one episode of each task. Go back to REPLAYS random turns of it, and play on from each
     one `group_size` times. These are the groups of eq. 8. Only the turns from there on are trained,
-    and counted in the metrics `turns` and `tokens`. Memory-R2 (2605.21768) is similar.
+    and counted in the metrics `turns` and `tokens`. See also Memory-R2 (2605.21768).
 Two more metrics: `sampled_tokens`, with those that are not trained on, and `useless`, the number of
     entries that are stored at the end and were never shown while answering. For one process.
 """
