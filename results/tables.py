@@ -31,6 +31,10 @@ CREDIT = {
     "credit-hide": "hide, 4 tasks per step",
     "credit-branch": "branch, 4 tasks per step",
 }
+IMITATION = {
+    "sft-long": "2500 SFT steps, the mixture",
+    "sft-full": "2000 SFT steps, the best workflow alone",
+}
 RATED = ("default", "capacity=3")  # their rates over the GRPO steps are shown
 FILE = Path("results/evaluations.jsonl")  # {"run": "default-42", "label": "grpo 1x", "em": ...}
 
@@ -130,8 +134,8 @@ def main():
     for name in ("capacity=3", "capacity=4", "capacity=6", "top_k=1", "top_k=2", "top_k=8"):
         print(line(rows, name, name, "grpo 1x", RATES))
     head("Imitation alone")
-    for name in ("sft-long", "sft-full"):
-        print(line(rows, name, name, "sft 1x"))
+    for name, title in IMITATION.items():
+        print(line(rows, title, name, "sft 1x"))
     credit(rows)
     for name in RATED:
         rates(name)
