@@ -1,5 +1,5 @@
 #!/bin/bash
-# The experiments with the tiny model, for one seed: by estimate three hours on one core.
+# The experiments with the tiny model, for one seed: four to five hours, beside another seed's.
 #
 #     bash results/reproduce.sh 42                      # the same with 43 and 44; then:
 #     python results/tables.py                          # the tables of docs/results.md
