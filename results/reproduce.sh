@@ -56,7 +56,8 @@ train scratchpad-alone "--disable create read update delete"
 train create-read "--disable update delete scratchpad"
 
 # GRPO from the default run's SFT, under another setting
-for setting in capacity=3 capacity=4 capacity=6 top_k=1 top_k=2 top_k=8; do
+for setting in capacity=3 capacity=4 capacity=6 top_k=1 top_k=2 top_k=8 \
+    disable=update disable=delete; do
     grpo $setting "--${setting/=/ }" default
     evaluate $setting "--sweep length=1" evaluation-length=1
 done

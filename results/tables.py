@@ -35,6 +35,8 @@ IMITATION = {
     "sft-long": "2500 SFT steps, the mixture",
     "sft-full": "2000 SFT steps, the best workflow alone",
 }
+SETTINGS = ("default", "capacity=3", "capacity=4", "capacity=6", "top_k=1", "top_k=2", "top_k=8")
+SETTINGS += ("disable=update", "disable=delete")
 RATED = ("default", "capacity=3")  # their rates over the GRPO steps are shown
 FILE = Path("results/evaluations.jsonl")  # {"run": "default-42", "label": "grpo 1x", "em": ...}
 
@@ -131,7 +133,7 @@ def main():
         print(line(rows, f"{title}: SFT", name, "sft 1x", RATES))
         print(line(rows, f"{title}: SFT + GRPO", name, "grpo 1x", RATES))
     head("GRPO under another setting, from the default SFT", *RATES)
-    for name in ("capacity=3", "capacity=4", "capacity=6", "top_k=1", "top_k=2", "top_k=8"):
+    for name in SETTINGS:
         print(line(rows, name, name, "grpo 1x", RATES))
     head("Imitation alone")
     for name, title in IMITATION.items():
