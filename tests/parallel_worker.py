@@ -50,7 +50,7 @@ def two_updates(accelerator: Accelerator, number: int, seed: int = 0) -> dict:
     """Metrics, gradients and weights after two GRPO updates on `number` samples, with a KL term."""
     config = Config(kl=0.1, micro_batch_tokens=300, max_grad_norm=0.3)
     policy = tiny_policy(seed)
-    reference = tiny_policy(seed + 1).requires_grad_(False)
+    reference = tiny_policy(seed + 1).requires_grad_(False).to(accelerator.device)
     everything = random_samples(number, seed)
     samples = distributed.shard(everything, accelerator)
     model = distributed.distribute(policy, accelerator)

@@ -57,7 +57,7 @@ def pool(hidden: torch.Tensor, mask: torch.Tensor, mode: str) -> torch.Tensor:
     if mode == "cls":
         return hidden[:, 0]
     if mode == "lasttoken":
-        return hidden[torch.arange(len(hidden)), mask.sum(1) - 1]
+        return hidden[torch.arange(len(hidden), device=hidden.device), mask.sum(1) - 1]
     return (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
 
 
