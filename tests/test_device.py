@@ -1,7 +1,8 @@
-"""An accelerator that only pretends, so that a CPU can find a tensor that was left behind.
+"""A pretended GPU: tests on a CPU notice a tensor that was not moved.
 
-Its tensors keep their data on the CPU but say that they are somewhere else. As on a GPU, an
-operation on tensors of two devices raises RuntimeError.
+Its tensors keep their data on the CPU but say that they are on another device. As on a GPU, an
+operation on tensors of two devices raises RuntimeError. The kernels, bf16 and memory of a real GPU
+are not tested here.
 """
 
 from dataclasses import replace
