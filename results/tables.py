@@ -93,7 +93,7 @@ def credit(rows: dict):
         print(line(rows, title, name, "grpo 2x"))
     marks = (15, 30, 45, 60, 75)
     columns = " | ".join(map(str, marks))
-    print(f"\n| held-out EM after GRPO steps | {columns} | sampled tokens per step | useless |")
+    print(f"\n| held-out EM after GRPO steps | {columns} | tokens per step | useless entries |")
     print("|---" * 8 + "|")
     for name, title in CREDIT.items():
         steps = [step for seed in SEEDS for step in metrics_of(name, seed)]
