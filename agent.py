@@ -2,7 +2,7 @@
 
 One turn: the policy sees an observation o_t = {o_env, scratchpad_t, retrieved_t} (eq. 7), rendered
 afresh each turn, and writes a response. The tags in the response are operations on the memory,
-executed in order (eq. 5):
+executed in order (eq. 5). A malformed, disabled or impossible one is counted and skipped.
 
     <create_memory>text</create_memory>      append an entry
     <read_memory>query</read_memory>         set the query; show its top-k from now on (eq. 6)
@@ -11,12 +11,10 @@ executed in order (eq. 5):
     <scratchpad>text</scratchpad>            rewrite the scratchpad
     <answer>text</answer>                    answer the question asked
 
-Reading: one chunk per turn. A Read without a Create, Update or Delete shows the same chunk again,
-at most `max_reads` times in a row. Answering: one question per turn. An answer is scored. A Read
-without an answer shows the question again, at most `max_reads` times. Any other response scores 0.
-So an episode ends after at most (chunks + questions) * (1 + max_reads) turns.
-
-A malformed, disabled or impossible operation is a counted no-op; the ones after it still run.
+Reading: one chunk per turn. A Read without a Create, Update or Delete shows the chunk again, at
+most `max_reads` times in a row. Answering: one question per turn. A Read without an answer shows
+the question again, as often. Any other response without an answer scores 0. So an episode ends
+after at most (chunks + questions) * (1 + max_reads) turns.
 """
 
 import random
@@ -48,7 +46,7 @@ class Operation:
     kind: str  # a key of TAGS[dialect], or "unknown"
     text: str = ""  # entry text, query, scratchpad or answer
     number: int = 0  # Update, Delete: position in the list shown, from 1
-    id: int | None = None  # the entry that was created, updated or deleted
+    id: int | None = None  # Create, Update, Delete: the entry
     error: str = ""
 
 
@@ -183,7 +181,8 @@ def parse(text: str, config: Config) -> list[Operation]:
     for match in TAG.finditer(text):
         slash, name, rest, end = match.groups()
         exact = not rest or rest[0].isspace()  # attributes are ignored: <create_memory id="1">
-        closing, found = "/" in slash, kinds.get(name.lower(), "unknown") if exact else "unknown"
+        closing = "/" in slash
+        found = kinds.get(name.lower(), "unknown") if exact else "unknown"
         if found == "unknown" and (not end or slash[:1].isspace()):
             continue  # a less-than sign
         if closing and end and found == kind:
@@ -261,8 +260,8 @@ def continue_episodes(episodes, policy, config, embed, score, progress=lambda ep
         responses = policy.respond(observations)
         parsed = [parse(response.text, config) for response in responses]
         vectors = embed_operations([one for operations in parsed for one in operations], embed)
-        for turn in zip(active, observations, responses, parsed):
-            take_turn(*turn, vectors, config, score)
+        for arguments in zip(active, observations, responses, parsed):
+            take_turn(*arguments, vectors, config, score)
         progress(episodes)
 
 
@@ -328,7 +327,7 @@ def take_turn(episode, observation, response, operations, vectors, config, score
 
 
 def execute(operation: Operation, episode: Episode, observation: Observation, vectors: dict):
-    """Apply one well-formed operation, a_k of eq. 5. Sets its `id` or its `error`."""
+    """Apply one well-formed operation, a_k of eq. 5. Sets its `error` if that is impossible."""
     memory = episode.memory
     if operation.kind == "read":
         episode.query, episode.query_vector = operation.text, vectors[operation.text, True]

@@ -7,8 +7,6 @@
     python evaluate.py --sweep top_k=3,6,12 chunk_tokens=2048,4096     all combinations (Table 3)
     python evaluate.py --runs runs/a/grpo runs/b/grpo      several runs; one: --from runs/a/grpo
     python evaluate.py --name hotpotqa --data hotpot_dev.json --documents 200
-    python evaluate.py --gold ...              the scripted demonstrator plays instead of the model
-    python evaluate.py --model Yupeng123/AtomMem-8B --dialect released --preset paper --data ...
 
 The table is saved as runs/NAME/evaluation*.json and never replaces an older one. The scores are in
 percent of the questions. "released" is what the released code calls exact match, "judge" is the
@@ -29,9 +27,9 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from agent import Episode, Observation, Policy, Response, parse, run_episodes
+from agent import Episode, Observation, Policy, Response, observe, parse, run_episodes
 from config import BUILT, OPERATIONS, BadInput, Config, load_settings, need, parse_args
-from memory import load_embedder
+from memory import Memory, load_embedder
 from policy import compute_dtype, load_policy
 from tasks import Task, held_out_tasks, scoring
 from tasks.demonstrators import Demonstrator, GoldDemonstrator, TownDemonstrator, workflow_shares
@@ -114,7 +112,7 @@ class RAG(Demonstrator):
 
     def respond(self, observations: list[Observation]) -> list[Response]:
         asked = [one for one in observations if one.query == one.question]
-        answers = iter(self.reader.respond(asked) if asked else [])
+        answers = iter(self.reader.respond(asked))
         responses = []
         for one in observations:
             if one.question is None:
@@ -134,15 +132,15 @@ class RAG(Demonstrator):
 
 @dataclass(frozen=True)
 class Variant:
-    """A way to play: operations to switch off, a change to each task, and who plays."""
+    """A way to play: operations to switch off, and a change to each task. rag: RAG plays."""
 
     disable: tuple[str, ...] = ()
     change: Callable[[Task], Task] = lambda task: task
-    player: Callable[[Contestant, list[Task], Config], Policy] = Contestant.policy
+    rag: bool = False
 
     def settings(self, config: Config) -> Config:
         """The config to play with. RAG ignores --disable, and a --max_reads of 0."""
-        if self.player is RAG:
+        if self.rag:
             return replace(config, disable=list(self.disable), max_reads=max(1, config.max_reads))
         return replace(config, disable=sorted({*config.disable, *self.disable}))
 
@@ -153,17 +151,21 @@ ABLATIONS = {"all on": Variant()}
 for name in ("Update", "Delete", "Read", "scratchpad"):
     ABLATIONS[f"- {name}"] = Variant((name.lower(),))
 ABLATIONS |= {"- storage": Variant(STORAGE), "- both": Variant(OPERATIONS)}
-# From the paper's Table 1. "full context" shows as much of the text as --max_prompt_tokens holds
-# beside each question. "scratchpad" is MemAgent's workflow.
-BASELINES = {
+
+
+def full_context(task: Task) -> Task:
+    """All text beside each question; `fit` cuts it to --max_prompt_tokens."""
+    space = " " if task.chunks == task.documents else ""  # the town's chunks end without one
+    return replace(task, chunks=(), context=space.join(task.chunks))
+
+
+BASELINES = {  # from the paper's Table 1
     "AtomMem": Variant(),
-    "full context": Variant(
-        OPERATIONS, lambda task: replace(task, chunks=(), context="".join(task.chunks))
-    ),
+    "full context": Variant(OPERATIONS, full_context),
     "RAG": Variant(
-        ("update", "delete", "scratchpad"), lambda task: replace(task, chunks=task.documents), RAG
+        ("update", "delete", "scratchpad"), lambda task: replace(task, chunks=task.documents), True
     ),
-    "scratchpad": Variant(STORAGE),
+    "scratchpad": Variant(STORAGE),  # MemAgent's workflow
     "no memory": Variant(OPERATIONS, lambda task: replace(task, chunks=())),
 }
 
@@ -171,7 +173,7 @@ BASELINES = {
 def play(name, contestant: Contestant, how: Variant, config: Config, tasks, embed) -> list[Episode]:
     """One episode per task. A bar shows the time left, if it takes longer than ten seconds."""
     tasks, config = [how.change(task) for task in tasks], how.settings(config)
-    policy = how.player(contestant, tasks, config)
+    policy = (RAG if how.rag else Contestant.policy)(contestant, tasks, config)
     turns = sum(len(task.questions) + len(task.chunks) for task in tasks)
     score = scoring.score_function(config)
     with tqdm(total=turns, desc=name, unit="turn", leave=False, delay=10, mininterval=10) as bar:
@@ -207,8 +209,7 @@ def measure(label: str, episodes: list[Episode], seconds: float, judge=None) -> 
     }
     scores = {"em": sum(right), "f1": 0.0, "released": 0.0}
     for episode in episodes:
-        # MuSiQue has no yes-no rule.
-        yes_no = not episode.task.id.startswith("musique")
+        yes_no = not episode.task.id.startswith("musique")  # MuSiQue has no yes-no rule
         for pair in scoring.answered(episode):
             scores["f1"] += scoring.f1(*pair, yes_no=yes_no)
             scores["released"] += scoring.released_match(*pair)
@@ -313,7 +314,7 @@ def main():
         judge = Judge(config, args.judge, args.judge_endpoint or "")
     variants = ABLATIONS if args.ablate else BASELINES if args.baselines else {"": Variant()}
     default = config.task == "town" and config.length == 1 and len(variants) == 1
-    changes = parse_sweep(args.sweep or ["length=1,2,4"] * default, config)
+    changes = parse_sweep(args.sweep or (["length=1,2,4"] if default else []), config)
     settings = [replace(config, **change) for change in changes]
     need(not (args.runs and config.endpoint), "--runs or --endpoint: give one of them")
     runs = chosen_runs(config, args.start, args.runs)
@@ -323,7 +324,9 @@ def main():
     count = contestants[-1].model.count
     for contestant, now in itertools.product(contestants, settings):  # bad input fails now
         load_embedder(now.embedder, device)
-        contestant.policy(held_out_tasks(now, "test", 1, count), now)
+        tasks = held_out_tasks(now, "test", 1, count)
+        contestant.policy(tasks, now)
+        contestant.model.with_config(now, 0).shorten(observe(Episode(tasks[0], Memory()), now))
     parts = [name for name in ("ablate", "baselines", "gold") if getattr(args, name)]
     rows, out = [], new_file(config, parts + (args.sweep or []))
     for (change, now), contestant in itertools.product(zip(changes, settings), contestants):

@@ -1,6 +1,6 @@
 """GRPO: reinforcement learning of the memory policy from the task's own reward.
 
-    python grpo.py                                  from runs/town/sft to runs/town/grpo, on a CPU
+    python grpo.py                                  from runs/town/sft to runs/town/grpo
     python grpo.py --name mine                      from runs/mine/sft to runs/mine/grpo
     python grpo.py --from runs/town/sft --name b    from that run's settings and model
     python grpo.py --preset paper --data FILE       from a pretrained model, without SFT
@@ -64,9 +64,9 @@ def policy_loss(
     >>> policy_loss(new, old, torch.tensor([1.0, 1.0, -1.0, -1.0]), 0.2, 0.28)  # rho: 1, 2, 2, 0.4
     tensor([-1.0000, -1.2800,  2.0000,  0.8000])
     """
-    ratio = (logprobs - old).exp()
-    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
-    return -torch.minimum(ratio * advantages, clipped * advantages)
+    rho = (logprobs - old).exp()
+    clipped = rho.clamp(1 - clip_low, 1 + clip_high)
+    return -torch.minimum(rho * advantages, clipped * advantages)
 
 
 def kl_k3(logprobs: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
@@ -152,8 +152,8 @@ def grpo_step(
         loss = losses.sum() / num_tokens  # the same for any split into micro-batches and ranks
         (loss * accelerator.num_processes).backward()  # the processes' gradients are averaged
         with torch.no_grad():
-            ratio = (logprobs - old).exp()
-            outside = (ratio < 1 - config.clip_low) | (ratio > 1 + config.clip_high)
+            rho = (logprobs - old).exp()
+            outside = (rho < 1 - config.clip_low) | (rho > 1 + config.clip_high)
             sums["loss"] += loss.item()
             sums["entropy"] += entropy.sum().item()
             sums["clipped"] += outside.sum().item()

@@ -84,9 +84,10 @@ class Memory:
         ids = list(self.texts)
         vectors = np.stack(list(self.vectors.values())).astype(np.float64)  # (n, d)
         cosines = (vectors * vector).sum(1).round(9)  # (n,); equal texts tie exactly
-        best = [i for i in np.lexsort((ids, -cosines)) if cosines[i] > 1e-6][:k]
-        shown = sorted((-cosines[i], self.texts[ids[i]], ids[i]) for i in best)
-        return [Entry(id, text) for _, text, id in shown]
+        order = np.argsort(-cosines, kind="stable")  # stable: of equal ones, the older comes first
+        best = [i for i in order if cosines[i] > 1e-6][:k]
+        best.sort(key=lambda i: (-cosines[i], self.texts[ids[i]]))
+        return [Entry(ids[i], self.texts[ids[i]]) for i in best]
 
     def sample(self, rng, k: int) -> list[Entry]:
         """At most k random entries, drawn with `rng` (random.Random): the paper's Table 4."""

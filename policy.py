@@ -59,14 +59,18 @@ class LanguageModel(torch.nn.Module):
         check_model(model, tokenizer, config)
         self.model, self.tokenizer, self.config = model, tokenizer, config
         self.temperature = config.temperature if temperature is None else temperature
+        model.eval()  # no dropout
         if config.gradient_checkpointing and not model.is_activation_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
+        for layer in model.modules():  # one is only recomputed if its own `training` is True
+            if isinstance(layer, GradientCheckpointingLayer):
+                layer.training = config.gradient_checkpointing
         # In training, checkpointed layers use no cache. MPT and GPT-Neo count a prefix's padding.
         unsuited = config.gradient_checkpointing or model.config.model_type in ("mpt", "gpt_neo")
         self.share_prefix = not (unsuited or any(DynamicCache(config=model.config).is_sliding))
         self.chat = Chat(tokenizer, config.instruction or instruction(config))
-        ends = model.generation_config.eos_token_id or []  # a chat model often has two
-        self.end_ids = {self.chat.end_id, *(ends if isinstance(ends, list) else [ends])}
+        ends = model.generation_config.eos_token_id  # a chat model often has two
+        self.end_ids = {self.chat.end_id, *(ends if isinstance(ends, list) else [ends])} - {None}
         self.softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
         # A checkpoint may pad its vocabulary. Ids that the tokenizer lacks are never sampled.
         self.known_ids = min(len(tokenizer), model.config.get_text_config().vocab_size)
@@ -109,7 +113,6 @@ class LanguageModel(torch.nn.Module):
     @torch.no_grad()
     def respond(self, observations: list[Observation]) -> list[Response]:
         """One sampled Response per observation. Batches of `sample_rows`, longest prompts first."""
-        self.model.eval()
         encoded = self.encode(observations)
         order = sorted(range(len(encoded)), key=lambda row: -len(encoded[row][1]))
         responses = {}
@@ -225,7 +228,6 @@ class LanguageModel(torch.nn.Module):
         unique, inverse = unique_rows(sample.key for sample in samples)
         rows = [[*prompt, *response] for prompt, response in unique]
         shortest = min(len(prompt) for prompt, _ in unique)
-        self.set_checkpointing()
         cache, shared = self.read_prefix(rows, max_tokens=shortest - 1)
         rest = [row[shared:] for row in rows]
         longest = max(map(len, rest))  # T
@@ -268,13 +270,6 @@ class LanguageModel(torch.nn.Module):
         """Logits (u, V) of hidden states (u, D)."""
         logits = self.model.get_output_embeddings()(hidden)
         return self.softcap * (logits / self.softcap).tanh() if self.softcap else logits
-
-    def set_checkpointing(self):
-        """Turn gradient checkpointing on if gradients are enabled: transformers recomputes a layer
-        only if its `training` is True. The modules inside it stay in eval mode, without dropout."""
-        for layer in self.model.modules() if self.config.gradient_checkpointing else ():
-            if isinstance(layer, GradientCheckpointingLayer):
-                layer.training = torch.is_grad_enabled()
 
     # --- files ---
 

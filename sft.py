@@ -1,6 +1,6 @@
 """Supervised fine-tuning: a first policy from demonstrations.
 
-    python sft.py                                    the town, a tiny model, on a CPU: runs/town/sft
+    python sft.py                                    the town, with a tiny model: runs/town/sft
     python sft.py --preset smollm2 --name smol       a chat model, on the town
     python sft.py --preset smollm2 --task hotpotqa --data hotpot_train_v1.1.json --questions 1
     python sft.py --demonstrations taught.jsonl ...  a teacher's episodes, made by tools/teach.py

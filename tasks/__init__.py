@@ -43,7 +43,7 @@ def load_tasks(config: Config, split: str, count: Count) -> Callable[[int], Task
 
 
 def held_out_tasks(config: Config, split: str, number: int, count: Count) -> list[Task]:
-    """The first `number` tasks of the 'dev' or 'test' stream, or all of a complete set."""
+    """The first `number` tasks of the 'dev' or 'test' stream. A complete set may have fewer."""
     if config.task in COMPLETE:
         from tasks.qa import SavedTasks
 

@@ -33,7 +33,7 @@ BLOCK = 200  # tasks that are demonstrated together, each time the trainer needs
 SAME = ("task", "disable", "dialect", "chunk_tokens", "top_k")
 RECORDED = SAME + tuple(
     "data questions length documents order capacity embedder retrieval max_reads seed "
-    "max_prompt_tokens max_response_tokens temperature keep_score instruction".split()
+    "max_prompt_tokens max_response_tokens temperature keep_score scorer instruction".split()
 )
 NAME = "(?P<name>" + "|".join(town.NAMES) + ")"
 PATTERNS = [("pet", re.compile(town.RETRACTION.format(name=NAME)))]
@@ -117,11 +117,11 @@ class TownDemonstrator(Demonstrator):
         for number, entry in enumerate(shown.entries, 1):
             numbers |= {fact[:2]: number for fact in facts_in(entry.text)}
         number = numbers.get((kind, name))
-        create = create if value is not None else ""
+        replacement = create if value is not None else ""  # a retraction only removes
         update, delete = self.config.enabled("update"), self.config.enabled("delete")
         if number and update and (value is not None or not delete):
             return self.write("update", f"{number}: {sentence(kind, name, value)}")
-        return self.write("delete", number) + create if number and delete else create
+        return (self.write("delete", number) if number and delete else "") + replacement
 
     def rewrite_notes(self, shown: Observation, person: str, news: dict, visits: int) -> str:
         """The scratchpad with the news about the person and, once known, the person's boss."""

@@ -12,6 +12,7 @@ from config import OPERATIONS, BadInput, Config
 from evaluate import Contestant
 from tasks import held_out_tasks
 from tasks.scoring import exact_match
+from tasks.town import town_task
 
 
 class Model(Scripted):
@@ -118,12 +119,15 @@ def baseline(embed, gold_of):
 
 
 def test_full_context(baseline):
-    """Bug: the full-context baseline sees less than its window holds, or the label hides that."""
+    """Bug: the full-context baseline sees less than its window holds, or the label hides that. Or
+    the sentences of the town run into each other."""
     full, _ = baseline("full context")
     assert full["em"] == 100 and full["turns"] == 2
     assert full["label"] == "full context (100% of it)"
     part, _ = baseline("full context", max_prompt_tokens=1500)
     assert 0 < part["em"] < 100 and part["label"] != full["label"]
+    story = town_task(0, "test", Config())
+    assert evaluate.full_context(story).context == " ".join(story.chunks)
 
 
 def test_rag(baseline):
@@ -322,6 +326,14 @@ def test_nothing_to_evaluate(call, tmp_path):
     with pytest.raises(BadInput, match="run sft.py first"):
         call()
     assert not (tmp_path / "runs").exists()
+
+
+def test_prompts_that_cannot_fit_are_found_first(call, tmp_path, tiny):
+    """Bug: the rows before a setting that cannot be played take hours, and no table is printed."""
+    make_run(tmp_path / "runs/town/sft", "sft", tiny)
+    with pytest.raises(BadInput, match="longer than --max_prompt_tokens 20"):
+        call("--sweep", "max_prompt_tokens=256,20")
+    assert not list(tmp_path.glob("runs/town/evaluation*"))
 
 
 @pytest.mark.parametrize(

@@ -358,7 +358,9 @@ def test_the_end_token_is_part_of_a_finished_response(tiny):
 
 def test_every_end_token_of_a_chat_model_ends_a_response(tiny):
     """Bug: a chat model whose generation settings name two end tokens is never stopped by the
-    second one."""
+    second one, or by one whose id is 0."""
+    tiny.model.generation_config.eos_token_id = 0
+    assert 0 in LanguageModel(tiny.model, tiny.tokenizer, tiny.config).end_ids
     tiny.model.generation_config.eos_token_id = [7, 9]
     policy = LanguageModel(tiny.model, tiny.tokenizer, tiny.config)
     assert policy.end_ids == {7, 9, tiny.tokenizer.eos_token_id}

@@ -112,7 +112,8 @@ def test_a_file_has_one_set_of_settings(config, embed, tmp_path):
 
 
 def test_the_command(serve, tmp_path, monkeypatch, capsys):
-    """Bug: the teacher is sampled greedily, loaded here although a server has it, or not named."""
+    """Bug: the teacher is sampled greedily, loaded here although a server has it, or not named. Or
+    the base model of a run plays in place of the run."""
     server = serve(lambda messages: "<answer>Rome</answer>")
     monkeypatch.chdir(tmp_path)
 
@@ -123,6 +124,10 @@ def test_the_command(serve, tmp_path, monkeypatch, capsys):
 
     with pytest.raises(BadInput, match="--model is missing"):
         call("--demonstrations", "taught.jsonl")
+    Path("run").mkdir()
+    Path("run/config.json").write_text('{"stage": "sft", "model": "big"}')
+    with pytest.raises(BadInput, match="a run cannot be the teacher"):
+        call("--from", "run", "--demonstrations", "taught.jsonl", "--sft_tasks", 1)
     with pytest.raises(BadInput, match="--demonstrations FILE is missing"):
         call("--model", "big")
     with pytest.raises(BadInput, match="longer than"):

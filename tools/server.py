@@ -5,8 +5,8 @@ The model can play as the policy, write demonstrations as a teacher, or judge an
     python evaluate.py --endpoint http://localhost:8000/v1 --model Qwen/Qwen3-8B --task hotpotqa ...
 
 If the server needs a key, it is read from the environment variable OPENAI_API_KEY. Every answer is
-written to a file at once, and a question whose answer is there is not asked again. So a job that
-was stopped continues where it was. The file also keeps which fields the server refuses.
+saved in a file immediately. A question whose answer is there is not asked again, so a job that was
+stopped continues where it was. The file also keeps which fields the server refuses.
 """
 
 import copy

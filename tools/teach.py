@@ -63,7 +63,8 @@ def as_line(episode: Episode, config: Config) -> dict:
 
 
 def main():
-    config, _ = parse_args("Write demonstrations of a strong model.")
+    config, args = parse_args("Write demonstrations of a strong model.")
+    need(not args.start, "--from: a run cannot be the teacher: give its checkpoint to --model")
     need(config.model, "--model is missing: the model that plays, such as Qwen/Qwen3-32B")
     need(config.demonstrations, "--demonstrations FILE is missing: the file for the episodes")
     check_new_file("--demonstrations", config.demonstrations, overwrite=True)  # it is continued

@@ -1,8 +1,8 @@
 """A run on disk: its settings, metrics and checkpoints, and how it is stopped and resumed.
 
 A checkpoint is written under a temporary name and then renamed, so a run can be killed any time.
---resume drops the steps after the newest checkpoint and repeats them exactly: everything random is
-seeded by the step, so no generator state has to be saved.
+--resume drops the steps after the newest checkpoint and repeats them exactly. No generator state is
+saved: what is random is seeded by the step, and SFT draws its samples again from the start.
 """
 
 import json

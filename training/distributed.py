@@ -103,7 +103,7 @@ def make_rollout_model(policy: LanguageModel, accelerator: Accelerator) -> Langu
     with accelerator.device:
         model = auto_class(config).from_config(config, dtype=dtype)
     model.generation_config = policy.model.generation_config
-    rollout_model = LanguageModel(model.eval(), policy.tokenizer, policy.config)
+    rollout_model = LanguageModel(model, policy.tokenizer, policy.config)
     rollout_model.requires_grad_(False)
     for copied, loaded in zip(model.buffers(), policy.model.buffers(), strict=True):
         copied.copy_(loaded)  # some are learned, such as Gemma 4's layer_scalar
