@@ -163,7 +163,7 @@ BASELINES = {  # from the paper's Table 1
     "AtomMem": Variant(),
     "full context": Variant(OPERATIONS, full_context),
     "RAG": Variant(
-        ("update", "delete", "scratchpad"), lambda task: replace(task, chunks=task.documents), True
+        ("update", "delete", "scratchpad"), lambda one: replace(one, chunks=one.documents), rag=True
     ),
     "scratchpad": Variant(STORAGE),  # MemAgent's workflow
     "no memory": Variant(OPERATIONS, lambda task: replace(task, chunks=())),
@@ -173,7 +173,7 @@ BASELINES = {  # from the paper's Table 1
 def play(name, contestant: Contestant, how: Variant, config: Config, tasks, embed) -> list[Episode]:
     """One episode per task. A bar shows the time left, if it takes longer than ten seconds."""
     tasks, config = [how.change(task) for task in tasks], how.settings(config)
-    policy = (RAG if how.rag else Contestant.policy)(contestant, tasks, config)
+    policy = RAG(contestant, tasks, config) if how.rag else contestant.policy(tasks, config)
     turns = sum(len(task.questions) + len(task.chunks) for task in tasks)
     score = scoring.score_function(config)
     with tqdm(total=turns, desc=name, unit="turn", leave=False, delay=10, mininterval=10) as bar:
