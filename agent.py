@@ -91,7 +91,7 @@ class Episode:
     """One pass through a task. `answers` and `scores` are in the order of `task.questions`."""
 
     task: Task
-    memory: Memory
+    memory: Memory = field(default_factory=Memory)
     rng: random.Random = field(default_factory=lambda: random.Random(0))
     turns: list[Turn] = field(default_factory=list)
     answers: list[str | None] = field(default_factory=list)  # None: no answer was given

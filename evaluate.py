@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from agent import Episode, Observation, Policy, Response, observe, parse, run_episodes
 from config import BUILT, OPERATIONS, BadInput, Config, load_settings, need, parse_args
-from memory import Memory, load_embedder
+from memory import load_embedder
 from policy import compute_dtype, load_policy
 from tasks import Task, held_out_tasks, scoring
 from tasks.demonstrators import Demonstrator, GoldDemonstrator, TownDemonstrator, workflow_shares
@@ -326,7 +326,7 @@ def main():
         load_embedder(now.embedder, device)
         tasks = held_out_tasks(now, "test", 1, count)
         contestant.policy(tasks, now)
-        contestant.model.with_config(now, 0).shorten(observe(Episode(tasks[0], Memory()), now))
+        contestant.model.with_config(now, 0).shorten(observe(Episode(tasks[0]), now))
     parts = [name for name in ("ablate", "baselines", "gold") if getattr(args, name)]
     rows, out = [], new_file(config, parts + (args.sweep or []))
     for (change, now), contestant in itertools.product(zip(changes, settings), contestants):

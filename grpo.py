@@ -30,7 +30,7 @@ from accelerate import Accelerator
 
 from agent import Episode, observe, run_episodes
 from config import Config, need, parse_args
-from memory import Memory, load_embedder
+from memory import load_embedder
 from policy import LanguageModel, Sample, compute_dtype, load_policy
 from tasks import held_out_tasks, load_tasks
 from tasks.scoring import score_function, summarize, tally
@@ -195,7 +195,7 @@ def train(run: Run, config: Config, start: str | None):
     train_task = load_tasks(config, "train", policy.count)
     held_out = held_out_tasks(config, "dev", min(100, config.eval_tasks), policy.count)
     # Raises BadInput now, not after a rollout, if a task does not fit a prompt.
-    policy.encode([observe(Episode(task, Memory()), config) for task in held_out])
+    policy.encode([observe(Episode(task), config) for task in held_out])
     model = dist.distribute(policy, accelerator)  # the module to call in training
     optimizers = make_optimizers(policy, config.optimizer)
     rollout_model = dist.make_rollout_model(policy, accelerator)

@@ -25,7 +25,7 @@ from accelerate import Accelerator
 
 from agent import Episode, observe
 from config import Config, need, parse_args
-from memory import Memory, load_embedder
+from memory import load_embedder
 from policy import LanguageModel, Sample, load_policy
 from tasks import held_out_tasks, load_tasks
 from tasks.demonstrators import curriculum, demonstrate, recorded
@@ -140,7 +140,7 @@ def train(run: Run, config: Config, start: str | None):
     stream = load_tasks(config, "train", policy.count)
     held_out = held_out_tasks(config, "dev", min(100, config.eval_tasks), policy.count)
     # Raises BadInput now, not in the last step, if a task does not fit a prompt.
-    policy.encode([observe(Episode(task, Memory()), config) for task in held_out])
+    policy.encode([observe(Episode(task), config) for task in held_out])
     parts = make_curriculum(config, policy, stream, embed, run.main)
     model = dist.distribute(policy, accelerator)
     optimizers = make_optimizers(policy, config.optimizer)

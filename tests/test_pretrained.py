@@ -12,7 +12,6 @@ import grpo
 import sft
 from agent import Episode, instruction, observe, render
 from config import Config
-from memory import Memory
 from policy import load_policy
 from tasks import load_tasks
 
@@ -44,7 +43,7 @@ def test_a_pretrained_model_learns_the_town(tmp_path, monkeypatch, capsys):
 
     policy = load_policy(MODEL, Config(max_prompt_tokens=1000))
     task = load_tasks(policy.config, "test", policy.count)(0)
-    shown = observe(Episode(task, Memory()), policy.config)
+    shown = observe(Episode(task), policy.config)
     chat = [{"role": "system", "content": instruction(policy.config)}]
     chat.append({"role": "user", "content": render(shown)})
     [(_, ids)] = policy.encode([shown])

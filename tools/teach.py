@@ -17,7 +17,7 @@ from tqdm import tqdm
 from agent import Episode, Policy, observe, render, run_episodes, without_thoughts
 from config import Config, check_new_file, need, parse_args
 from evaluate import open_contestants
-from memory import Embedder, Memory, load_embedder
+from memory import Embedder, load_embedder
 from tasks import load_tasks
 from tasks.demonstrators import RECORDED, read_file
 from tasks.scoring import score_function
@@ -73,7 +73,7 @@ def main():
     teacher = contestant.model.with_config(config, config.temperature)
     stream = load_tasks(config, "train", teacher.count)
     # Raises BadInput, before long work, if a prompt cannot fit.
-    teacher.shorten(observe(Episode(stream(0), Memory()), config))
+    teacher.shorten(observe(Episode(stream(0)), config))
     scores = record(teacher, stream, config, load_embedder(config.embedder, device))
     good = sum(score >= config.keep_score for score in scores)
     print(f"{config.demonstrations}: {good} of {len(scores)} episodes are good enough")
