@@ -13,7 +13,7 @@ from conftest import TINY, gradients, make_task
 import grpo
 from agent import Episode, Response, Turn, run_episodes
 from config import Config
-from memory import HashedEmbedder, Memory
+from memory import HashedEmbedder
 from policy import Sample, load_policy
 from tasks.scoring import exact_match
 from tasks.town import town_task
@@ -74,7 +74,7 @@ def test_one_advantage_per_episode_whatever_its_number_of_turns():
 
     def episode(turns):
         one = Turn(None, Response("", 2, [1], [2, 3], [0.0, 0.0]), [], 0)
-        return Episode(make_task([]), Memory(), turns=[one] * turns)
+        return Episode(make_task([]), turns=[one] * turns)
 
     samples, num_tokens = samples_of([episode(1), episode(5)], torch.tensor([[0.5, -0.5]]))
     assert [sample.advantage for sample in samples] == [0.5] + [-0.5] * 5 and num_tokens == 12

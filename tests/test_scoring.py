@@ -7,7 +7,6 @@ import pytest
 
 from agent import Episode, Operation, Response, Turn, unbox
 from config import Config
-from memory import Memory
 from tasks import Question, Task
 from tasks.scoring import (
     answered,
@@ -57,7 +56,7 @@ def made_episode(answers, scores):
         Operation("unknown", error="unknown tag"),
     ]
     turn = Turn(None, Response("", tokens=7, truncated=True), operations, 0)
-    episode = Episode(Task("made-0", questions, ("a",)), Memory(), turns=[turn])
+    episode = Episode(Task("made-0", questions, ("a",)), turns=[turn])
     episode.answers, episode.scores = answers, scores
     return episode
 

@@ -8,7 +8,7 @@ from conftest import make_task
 
 from agent import Episode, Observation, instruction, render, run_episodes
 from config import BadInput, Config
-from memory import Entry, Memory
+from memory import Entry
 from tasks.scoring import exact_match
 from tools.server import Endpoint, Judge, ServerPolicy
 
@@ -372,8 +372,8 @@ def test_the_judge(serve, config):
     first = make_task([], ("Q1?", "Q2?", "Q3?"), ("Ben",) * 3)
     second = make_task([], ("R1?", "R2?"), ("Ben",) * 2)
     episodes = [
-        Episode(first, Memory(), answers=["Eva", None, "Benjamin"]),
-        Episode(second, Memory(), answers=["Ben", "?"]),
+        Episode(first, answers=["Eva", None, "Benjamin"]),
+        Episode(second, answers=["Ben", "?"]),
     ]
     server = serve(reply)
     judge = Judge(config, "judge", server.url)
