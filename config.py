@@ -24,7 +24,7 @@ COMPLETE = ("saved", "memagent", "babilong", "locomo", "longmemeval", "memoryage
 TASKS = ("town", *BUILT, *COMPLETE)
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio", "swanlab", "comet_ml", "aim", "clearml")
 OPERATIONS = ("create", "read", "update", "delete", "scratchpad")
-# Settings that may change when a run is resumed: its length and logging, the device and its memory.
+# Settings that may change when a run is resumed: its length, logging, device and memory use.
 MAY_CHANGE = ("sft_steps", "grpo_steps", "save_every", "log_with", "cpu", "bf16")
 MAY_CHANGE += ("micro_batch_tokens", "sample_rows", "gradient_checkpointing")
 

@@ -65,7 +65,7 @@ class LanguageModel(torch.nn.Module):
         for layer in model.modules():  # one is only recomputed if its own `training` is True
             if isinstance(layer, GradientCheckpointingLayer):
                 layer.training = config.gradient_checkpointing
-        # In training, checkpointed layers use no cache. MPT and GPT-Neo count a prefix's padding.
+        # Checkpointed layers train without a cache. MPT and GPT-Neo count padding after a prefix.
         unsuited = config.gradient_checkpointing or model.config.model_type in ("mpt", "gpt_neo")
         self.share_prefix = not (unsuited or any(DynamicCache(config=model.config).is_sliding))
         self.chat = Chat(tokenizer, config.instruction or instruction(config))

@@ -33,7 +33,7 @@ REPLAYS = 2  # turns of a task to branch from, or entries of an episode to hide
 PRICE = 0.02  # the reward that an entry has to bring, or else it should not be stored
 run_episodes, summarize, to_samples = grpo.run_episodes, grpo.summarize, grpo.to_samples
 logged = {}  # metrics of the step
-credits = []  # of the step's episodes: {id of an entry: its credit}, of those that are known
+credits = []  # for each episode of the step: {entry id: credit}, where known
 
 
 def shown_entries(episode: Episode) -> set[int]:

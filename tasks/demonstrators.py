@@ -288,7 +288,7 @@ def curriculum(config: Config, stream: Callable[[int], Task]) -> list[tuple[floa
     """[(share of the SFT steps, blocks of tasks)]. In the town, easy stories come first.
 
     Easy stories have no two-hop questions, so every sentence about somebody else is irrelevant.
-    The model always has to compare names, and it learns this several times faster from them.
+    All stories require comparing names. Easy ones teach this several times faster.
     """
 
     def blocks(make, first, last):
