@@ -30,6 +30,7 @@ from config import Config
 from memory import Embedder, Entry, Memory
 from tasks import Question, Task
 
+Score = Callable[[str, Question], float]  # score(answer, question), within [0, 1]
 # The only list of the tags. update_memory is Update in one dialect and the scratchpad in the other.
 KINDS = ("create", "read", "update", "delete", "scratchpad", "answer")
 PAPER = "create_memory read_memory update_memory delete_memory scratchpad answer"
@@ -136,10 +137,8 @@ def instruction(config: Config) -> str:
     usage = [USAGE[kind].format(tag=tags[kind], number=number, answer=answer) for kind in kinds]
     if len(usage) == 1:
         return f"You are asked a question, with or without a text. Write only this:\n{usage[0]}"
-    return (
-        "You read a text in parts, then answer questions from memory. Store what they need. "
-        "You may write:\n" + "\n".join(usage)
-    )
+    task = "You read a text in parts, then answer questions from memory. Store what they need."
+    return f"{task} You may write:\n" + "\n".join(usage)
 
 
 def render(observation: Observation) -> str:
@@ -234,15 +233,15 @@ def run_episodes(
     policy: Policy,
     config: Config,
     embed: Embedder,
-    score: Callable[[str, Question], float],
+    score: Score,
     seed: int = 0,
     progress: Callable[[list[Episode]], None] = lambda episodes: None,
 ) -> list[Episode]:
     """Returns one finished episode per task, in order. All advance together, turn by turn.
 
-    score(answer, question) is within [0, 1]. progress(episodes) is called after each turn.
-    Each episode has its own generator, seeded by config.seed, `seed`, the task id and its index
-    among the episodes of that task. So its random draws do not depend on the other episodes.
+    progress(episodes) is called after each turn. Each episode has its own generator, seeded by
+    config.seed, `seed`, the task id and its index among the episodes of that task. So its random
+    draws do not depend on the other episodes.
     """
     seen, episodes = Counter(), []
     for task in tasks:
@@ -253,15 +252,23 @@ def run_episodes(
     return episodes
 
 
-def continue_episodes(episodes, policy, config, embed, score, progress=lambda episodes: None):
+def continue_episodes(
+    episodes: list[Episode],
+    policy: Policy,
+    config: Config,
+    embed: Embedder,
+    score: Score,
+    progress: Callable[[list[Episode]], None] = lambda episodes: None,
+):
     """Play the given episodes to their end, in place. The arguments are those of run_episodes."""
     while active := [episode for episode in episodes if not episode.done]:
         observations = [observe(episode, config) for episode in active]
         responses = policy.respond(observations)
         parsed = [parse(response.text, config) for response in responses]
         vectors = embed_operations([one for operations in parsed for one in operations], embed)
-        for arguments in zip(active, observations, responses, parsed):
-            take_turn(*arguments, vectors, config, score)
+        for episode, shown, response, operations in zip(active, observations, responses, parsed):
+            turn = Turn(response.observation or shown, response, operations, episode.position)
+            take_turn(episode, turn, vectors, config, score)
         progress(episodes)
 
 
@@ -270,21 +277,16 @@ def observe(episode: Episode, config: Config) -> Observation:
     task, memory = episode.task, episode.memory
     entries = []
     if episode.query and config.retrieval == "random":
-        entries = memory.sample(episode.rng, config.top_k)
+        entries = memory.random_entries(episode.rng, config.top_k)
     elif episode.query:
         entries = memory.search(episode.query_vector, config.top_k)
     questions = tuple(question.text for question in task.questions)
-    reading = episode.position < len(task.chunks)
-    return Observation(
-        questions,
-        memory.scratchpad,
-        episode.query,
-        tuple(entries),
-        chunk=task.chunks[episode.position] if reading else task.context or None,
-        question=None if reading else questions[episode.position - len(task.chunks)],
-        task_id=task.id,
-        rng=episode.rng,
-    )
+    shown = {"scratchpad": memory.scratchpad, "query": episode.query, "entries": tuple(entries)}
+    shown |= {"task_id": task.id, "rng": episode.rng}
+    if episode.position < len(task.chunks):
+        return Observation(questions, chunk=task.chunks[episode.position], **shown)
+    question = questions[episode.position - len(task.chunks)]
+    return Observation(questions, chunk=task.context or None, question=question, **shown)
 
 
 def embed_operations(operations: list[Operation], embed: Embedder) -> dict:
@@ -298,22 +300,21 @@ def embed_operations(operations: list[Operation], embed: Embedder) -> dict:
     return vectors
 
 
-def take_turn(episode, observation, response, operations, vectors, config, score):
+def take_turn(episode: Episode, turn: Turn, vectors: dict, config: Config, score: Score):
     """Execute one response and advance the episode. The rules are at the top of this file."""
-    observation = response.observation or observation
-    answering = observation.question is not None
+    answering = turn.observation.question is not None
     answer = None
-    for operation in operations:
+    for operation in turn.operations:
         if operation.error:
             continue
         if operation.kind != "answer":
-            execute(operation, episode, observation, vectors)
+            execute(operation, episode, turn.observation, vectors)
         elif answering:
             answer = operation.text
         else:
             operation.error = "an answer while reading"
-    episode.turns.append(Turn(observation, response, operations, episode.position))
-    executed = {operation.kind for operation in operations if not operation.error}
+    episode.turns.append(turn)
+    executed = {operation.kind for operation in turn.operations if not operation.error}
     finished = answer is not None if answering else executed & {"create", "update", "delete"}
     if "read" in executed and not finished and episode.reads < config.max_reads:
         episode.reads += 1

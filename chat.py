@@ -24,8 +24,8 @@ def conversation(instruction: str, text: str, system_role: bool) -> list[dict[st
 def fit(observation: Observation, num_tokens: Callable, limit: int) -> Observation:
     """A copy of the observation, shortened until num_tokens(copy) is at most `limit`.
 
-    First it cuts the end of the text beside a question. Then it drops entries, the least similar
-    first. Then it cuts scratchpad and query. Raises BadInput if the task alone is too long.
+    First, in the full-context baseline, it cuts the end of the text. Then it drops entries, the
+    least similar first. Then it cuts scratchpad and query. Raises BadInput if that is not enough.
     """
     while (tokens := num_tokens(observation)) > limit:
         if observation.question and observation.chunk:
@@ -75,9 +75,8 @@ class Chat:
             if instruction in text or NO_INSTRUCTION in self.template:
                 break
         else:
-            raise BadInput(
-                f"{self.name}: its chat template refuses the instruction, or drops it{reason}"
-            )
+            what = f"its chat template refuses the instruction, or drops it{reason}"
+            raise BadInput(f"{self.name}: {what}")
         end = text.rpartition(ANSWER)[2].strip() if ANSWER in text else ""
         ids = tokenizer(end, add_special_tokens=False)["input_ids"]
         special = ids and ids[0] in tokenizer.added_tokens_decoder

@@ -5,7 +5,7 @@
     python grpo.py --from runs/town/sft          start from the settings and the model of a run
     python grpo.py --resume runs/town/grpo       continue a stopped run from its newest checkpoint
 
-Later sources win: field defaults < --preset < --from < flags.
+Flags win over what a preset or a run has set. Of --preset and --from, give one at most.
 """
 
 import dataclasses
@@ -80,7 +80,7 @@ class Config:
     save_every: int = setting(25, "steps between checkpoints, and GRPO's held-out evaluations")
     seed: int = setting(42, "seed of everything random (paper: 42)")
     # --- sft.py -------------------------------------------------------------------------------
-    sft_tasks: int = setting(10000, "number of tasks to demonstrate")
+    sft_tasks: int = setting(10000, "number of tasks to demonstrate; GRPO starts after them")
     demonstrations: str = setting("", "JSONL file from tools/teach.py; empty: scripted ones")
     keep_score: float = setting(0.5, "drop demonstrations with a lower score (paper: 0.5)")
     easy_share: float = setting(0.4, "town: this first share of the steps has no two-hop questions")
@@ -133,6 +133,7 @@ class Config:
         need(not (town and self.data), "--data is for the QA sets: the town writes its own stories")
         need(not town or self.questions <= 4, "--questions: a story of the town has at most 4")
         need(self.temperature > 0, "--temperature must be above 0: training has to sample")
+        need(self.max_grad_norm > 0, "--max_grad_norm must be above 0: 0 would stop all learning")
         for name in ("clip_low", "easy_share"):
             need(getattr(self, name) < 1, f"--{name} must be below 1")
         need("/" not in self.name, f"--name {self.name}: it names one folder, so it has no slash")
@@ -161,6 +162,7 @@ RANGES = {name: (1, INF) for name in POSITIVE.split()} | {
     "questions": (0, 10),
     "in_flight": (1, 100),  # the HTTP client opens no more connections
     **{name: (0, INF) for name in "order capacity max_reads eval_temperature kl clip_high".split()},
+    **{name: (0, INF) for name in ("sft_lr", "grpo_lr", "warmup_steps")},
     **{name: (0, 1) for name in ("clip_low", "easy_share", "keep_score", "grpo_decay")},
 }
 
@@ -225,7 +227,8 @@ def parse_args(
         early, _ = first.parse_known_args()
         need(not (early.runs and early.start), "--runs or --from: give one of them")
         start = getattr(early, "resume", None) or early.start or next(iter(early.runs), None)
-        need(not (start and early.model), "--model is for a new run: --from RUN has its own model")
+        need(not (start and early.preset), "--preset is for a new run: a run has its own settings")
+        need(not (start and early.model), "--model is for a new run: a run has its own model")
         start = start or default_run(early, default_runs)
         saved = load_settings(start)[1] if start else {}
         parser.set_defaults(**PRESETS[early.preset or "town"] | saved)
@@ -255,8 +258,8 @@ def read_instruction(path: str) -> str:
 
 def check_resume(args: Namespace, config: Config, saved: dict):
     """Raises BadInput if --resume comes with flags that would change the run."""
-    mixed = args.start or args.preset or config.overwrite or args.name
-    need(not mixed, "--resume continues a run as it is: no --from, --preset, --name, --overwrite")
+    mixed = args.start or config.overwrite or args.name
+    need(not mixed, "--resume continues a run as it is: no --from, --name, --overwrite")
     now = config.saved()
     changed = [name for name in saved if now[name] != saved[name] and name not in MAY_CHANGE]
     may = f"only --{', --'.join(MAY_CHANGE)} may change"

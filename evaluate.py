@@ -5,14 +5,15 @@
     python evaluate.py --ablate                the GRPO policy without some operations (Table 2)
     python evaluate.py --baselines             full context, RAG, scratchpad, no memory (Table 1)
     python evaluate.py --sweep top_k=3,6,12 chunk_tokens=2048,4096     all combinations (Table 3)
-    python evaluate.py --runs runs/a/grpo runs/b/grpo      several runs; one: --from runs/a/grpo
+    python evaluate.py --runs runs/a/grpo runs/b/grpo      these runs and no others
     python evaluate.py --name hotpotqa --data hotpot_dev.json --documents 200
 
 The table is saved as runs/NAME/evaluation*.json and never replaces an older one. The scores are in
 percent of the questions. "released" is what the released code calls exact match, "judge" is the
-verdict of --judge. "low" and "high" are the 95 % bootstrap interval of EM over tasks, because the
-questions of a task share a memory. Operations are per response; "turns" to "seconds" are per task,
-where "calls" counts the model's responses. "lost" is the EM lost against "all on", with interval.
+verdict of --judge. "low" and "high" are the 95 % bootstrap interval of EM over tasks, whose
+questions share a memory. It is too narrow if a small file's questions occur in several tasks.
+Operations are per response; "turns" to "seconds" are per task, where "calls" counts the model's
+responses. "lost" is the EM lost against "all on", with interval.
 """
 
 import itertools
@@ -70,13 +71,12 @@ def chosen_runs(config: Config, start: str | None, runs=()) -> list[tuple[str, P
 
 
 def open_contestants(config: Config, runs: list, device, gold: bool = False) -> list[Contestant]:
-    """The models of `runs` (see chosen_runs), else --model. Raises BadInput if there is none."""
+    """The models of `runs` or, without runs, --model. All play under `config`. BadInput if none."""
     # Autocast would convert a pretrained model's weights for each token.
     dtype = compute_dtype(config, device) if config.model else torch.float32
-    found, first = [], None
+    found, first = [], load_settings(runs[0][1])[1] if runs else {}
     for label, run in runs:
         checkpoint, (stage, settings) = latest_checkpoint(run), load_settings(run)
-        first = first or settings  # all runs play under the settings of the first one
         for name in ("disable", "dialect", "instruction"):
             same = settings.get(name) == first.get(name)
             need(same, f"{run} was trained with another --{name} than {runs[0][1]}: test it alone")
@@ -247,18 +247,18 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-SWEPT = (
-    "questions length documents order chunk_tokens top_k capacity embedder retrieval max_reads "
-    "max_prompt_tokens max_response_tokens eval_temperature seed"
-).split()
+SWEPT = "questions top_k capacity embedder retrieval max_reads max_prompt_tokens".split()
+SWEPT += ["max_response_tokens", "eval_temperature", "seed"]  # and others, see parse_sweep
 
 
 def parse_sweep(texts: list[str], config: Config) -> list[dict]:
     """[{setting: value}]: all combinations of the values in texts such as "top_k=3,6"."""
-    axes = {}
+    own = ["length"] if config.task == "town" else ["order", "chunk_tokens"]
+    own += ["documents"] if config.task in BUILT else []
+    axes, names = {}, own + SWEPT
     for text in texts:
         name, _, values = text.partition("=")
-        need(values and name in SWEPT, f"--sweep {text}: write {'|'.join(SWEPT)}=value,value")
+        need(values and name in names, f"--sweep {text}: write {'|'.join(names)}=value,value")
         need(name not in axes, f"--sweep names {name} twice: write {name}=value,value")
         kind = type(getattr(config, name))
         try:

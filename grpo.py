@@ -105,7 +105,9 @@ def rollout_sums(episodes: list[Episode], samples: list[Sample], advantages: tor
     }
 
 
-def with_old_logprobs(model, samples, accelerator: Accelerator, config: Config) -> list[Sample]:
+def with_old_logprobs(
+    model: torch.nn.Module, samples: list[Sample], accelerator: Accelerator, config: Config
+) -> list[Sample]:
     """Collective: copies of the samples with old_logprobs, for several updates per rollout."""
     scored = []
     with torch.no_grad():
@@ -180,8 +182,8 @@ def update_policy(model, reference, samples, counts: dict, optimizers, accelerat
     ]
     if not steps:
         return {}
-    # Sampler and trainer have the same weights only in the first update. The mean norm is not
-    # finite if the norm of any update is not.
+    # Sampler and trainer have the same weights only in the first update. If the norm of any update
+    # is not finite, neither is their mean, and count_bad_steps sees it.
     first = {name: steps[0][name] for name in ("ratio", "logprob_diff")}
     return steps[-1] | first | {"grad_norm": sum(one["grad_norm"] for one in steps) / updates}
 
@@ -190,11 +192,11 @@ def train(run: Run, config: Config, start: str | None):
     """Run the remaining steps, from the run's newest checkpoint or from the starting model."""
     accelerator, embed = run.accelerator, load_embedder(config.embedder, run.accelerator.device)
     start = starting_model(run, config, start)
-    need(start, "no model to start from: run sft.py (--preset ignores its run), or give --from RUN")
+    need(start, "no model to start from: run sft.py, then this without --preset, or give --from")
     policy = load_policy(start, config)
-    train_task = load_tasks(config, "train", policy.count)
+    stream = load_tasks(config, "train", policy.count)
     held_out = held_out_tasks(config, "dev", min(100, config.eval_tasks), policy.count)
-    # Raises BadInput now, not after a rollout, if a task does not fit a prompt.
+    # Raises BadInput now if the first prompt of a held-out task is too long.
     policy.encode([observe(Episode(task), config) for task in held_out])
     model = dist.distribute(policy, accelerator)  # the module to call in training
     optimizers = make_optimizers(policy, config.optimizer)
@@ -207,9 +209,9 @@ def train(run: Run, config: Config, start: str | None):
         reference.to(accelerator.device).requires_grad_(False)
     for step in run.steps(config.grpo_steps):
         started = time.perf_counter()
-        first = config.sft_tasks + (step - 1) * config.tasks_per_step  # in the town: new stories
+        first = config.sft_tasks + (step - 1) * config.tasks_per_step  # the tasks after SFT's
         indices = dist.shard(range(first, first + config.tasks_per_step), accelerator)
-        tasks = [task for task in map(train_task, indices) for _ in range(config.group_size)]
+        tasks = [task for task in map(stream, indices) for _ in range(config.group_size)]
         episodes = run_episodes(tasks, rollout_model, config, embed, score_function(config), step)
         rollout_seconds = dist.all_reduce_max(time.perf_counter() - started, accelerator)
         rewards = torch.tensor([episode.reward for episode in episodes])
@@ -228,7 +230,7 @@ def train(run: Run, config: Config, start: str | None):
         metrics["seconds"] = time.perf_counter() - started
         metrics["tokens_per_second"] = counts["sample_tokens"] / metrics["seconds"]
         if step % config.save_every == 0 or step == config.grpo_steps:
-            em = dist.held_out_em(rollout_model, held_out, config, embed, accelerator)
+            em = dist.held_out_em(rollout_model, held_out, config, accelerator)
             metrics["held_out_em"] = em
         run.log(metrics)
 
@@ -238,7 +240,7 @@ def main():
     run = Run(config, "grpo", args.resume)
     train(run, config, args.start)
     test_file = " --data TEST_FILE" if config.data else ""
-    run.finish(config.grpo_steps, f"python evaluate.py --name {config.name}{test_file}")
+    run.finish(config.grpo_steps, f"python evaluate.py --from {run.folder}{test_file}")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ Letters: n entries, d dimensions of an embedding, k retrieved entries, B texts.
 """
 
 import functools
+import random
 import re
 import zlib
 from collections.abc import Callable
@@ -89,8 +90,8 @@ class Memory:
         best.sort(key=lambda i: (-cosines[i], self.texts[ids[i]]))
         return [Entry(ids[i], self.texts[ids[i]]) for i in best]
 
-    def sample(self, rng, k: int) -> list[Entry]:
-        """At most k random entries, drawn with `rng` (random.Random): the paper's Table 4."""
+    def random_entries(self, rng: random.Random, k: int) -> list[Entry]:
+        """At most k random entries, drawn with `rng`: the paper's Table 4."""
         ids = rng.sample(list(self.texts), min(k, len(self)))
         return [Entry(id, self.texts[id]) for id in ids]
 

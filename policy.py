@@ -1,7 +1,7 @@
 """The language model: load it, sample responses, score tokens, save it.
 
-Letters: B rows, U unique rows, P longest prompt, T longest prompt + response (P and T without a
-shared prefix), n response tokens of all rows, u of the unique rows, D width, V vocabulary.
+Letters: B rows, U unique rows, P longest prompt, T longest prompt + response (P and T do not count
+a shared prefix), n response tokens of all rows, u of the unique rows, D width, V vocabulary.
 """
 
 import os
@@ -79,7 +79,7 @@ class LanguageModel(torch.nn.Module):
         """The same weights under other settings, for evaluation."""
         return LanguageModel(self.model, self.tokenizer, config, temperature)
 
-    def autocast(self):
+    def autocast(self) -> torch.autocast:
         """For all passes of the model. Weights that are trained stay fp32."""
         dtype = compute_dtype(self.config, self.model.device)
         return torch.autocast(self.model.device.type, dtype, enabled=dtype != torch.float32)
@@ -167,15 +167,10 @@ class LanguageModel(torch.nn.Module):
     def next_logits(self, ids: torch.Tensor, mask: torch.Tensor, cache) -> torch.Tensor:
         """Logits (B, V) of the token after `ids` (B, t). mask: (B, cached + t), 0 on padding."""
         position = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": position}
         with self.autocast():
-            return self.model(
-                input_ids=ids,
-                attention_mask=mask,
-                position_ids=position,
-                cache=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            ).logits[:, -1]
+            output = self.model(**inputs, cache=cache, use_cache=True, logits_to_keep=1)
+        return output.logits[:, -1]
 
     def draw(self, logits: torch.Tensor, rngs: list) -> tuple[torch.Tensor, torch.Tensor]:
         """Draw a token per row: ids (B,), log-probs (B,). SystemExit if one is not finite."""

@@ -19,15 +19,15 @@ import itertools
 import math
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from accelerate import Accelerator
 
 from agent import Episode, observe
 from config import Config, need, parse_args
-from memory import load_embedder
+from memory import Embedder, load_embedder
 from policy import LanguageModel, Sample, load_policy
-from tasks import held_out_tasks, load_tasks
+from tasks import Stream, Task, held_out_tasks, load_tasks
 from tasks.demonstrators import curriculum, demonstrate, recorded
 from training import distributed as dist
 from training.checkpoint import Run, starting_model
@@ -37,7 +37,9 @@ from training.tiny import create_policy
 # --- samples --------------------------------------------------------------------------------------
 
 
-def demonstrated_samples(blocks, config: Config, policy: LanguageModel, embed, main: bool):
+def demonstrated_samples(
+    blocks: Iterable[list[Task]], config: Config, policy: LanguageModel, embed: Embedder, main: bool
+) -> Iterator[list[Sample]]:
     """Yields a list of samples per block of tasks: the turns of episodes that score enough."""
     for number, tasks in enumerate(blocks):
         episodes = demonstrate(tasks, config, embed, policy)
@@ -52,17 +54,20 @@ def demonstrated_samples(blocks, config: Config, policy: LanguageModel, embed, m
 
 
 def recorded_samples(config: Config, policy: LanguageModel) -> list[Sample]:
-    """The samples of a teacher's file. Raises BadInput if a prompt is too long."""
+    """The samples of a teacher's file. Raises BadInput if a prompt or a response is too long."""
     pairs = recorded(config)
     prompts = policy.chat.encode_prompts([prompt for prompt, _ in pairs])
-    longest = max(map(len, prompts), default=0)
-    long = f"{config.demonstrations} has a prompt of {longest} tokens: raise --max_prompt_tokens"
-    need(longest <= config.max_prompt_tokens, long)
     responses = policy.chat.encode_responses([response for _, response in pairs])
+    for kind, rows in (("prompt", prompts), ("response", responses)):
+        longest, flag = max(map(len, rows), default=0), f"max_{kind}_tokens"
+        long = f"{config.demonstrations} has a {kind} of {longest} tokens: raise --{flag}"
+        need(longest <= getattr(config, flag), long)
     return [Sample(*pair) for pair in zip(prompts, responses)]
 
 
-def make_curriculum(config: Config, policy: LanguageModel, stream, embed, main: bool) -> list:
+def make_curriculum(
+    config: Config, policy: LanguageModel, stream: Stream, embed: Embedder, main: bool
+) -> list[tuple[float, Iterator]]:
     """[(share of the SFT steps, blocks of samples)]. The first block of each is made at once.
 
     Raises BadInput if no demonstration scores enough.
@@ -78,12 +83,9 @@ def make_curriculum(config: Config, policy: LanguageModel, stream, embed, main: 
         f"no demonstration reached --keep_score {config.keep_score}. Questions of a saved set "
         'without "support" cannot be demonstrated by a script: use a teacher (tools/teach.py)'
     )
-    begun = []
-    for share, blocks in parts:
-        first = next(blocks, None)
-        need(first, nothing)
-        begun.append((share, itertools.chain([first], blocks)))
-    return begun
+    begun = [(share, next(blocks, None), blocks) for share, blocks in parts]
+    need(all(first for _, first, _ in begun), nothing)
+    return [(share, itertools.chain([first], blocks)) for share, first, blocks in begun]
 
 
 def batches(parts: list[tuple[float, Iterator]], config: Config) -> Iterator[list[Sample]]:
@@ -139,7 +141,7 @@ def train(run: Run, config: Config, start: str | None):
     embed = load_embedder(config.embedder, accelerator.device)
     stream = load_tasks(config, "train", policy.count)
     held_out = held_out_tasks(config, "dev", min(100, config.eval_tasks), policy.count)
-    # Raises BadInput now, not in the last step, if a task does not fit a prompt.
+    # Raises BadInput now if the first prompt of a held-out task is too long.
     policy.encode([observe(Episode(task), config) for task in held_out])
     parts = make_curriculum(config, policy, stream, embed, run.main)
     model = dist.distribute(policy, accelerator)
@@ -161,7 +163,7 @@ def train(run: Run, config: Config, start: str | None):
         metrics["tokens_per_second"] = read / metrics["seconds"]
         if step == config.sft_steps:
             rollout_model = dist.make_rollout_model(policy, accelerator)
-            em = dist.held_out_em(rollout_model, held_out, config, embed, accelerator)
+            em = dist.held_out_em(rollout_model, held_out, config, accelerator)
             metrics["held_out_em"] = em
         run.log(metrics)
 
@@ -170,7 +172,7 @@ def main():
     config, args = parse_args("Supervised fine-tuning on demonstrations.", resume=True)
     run = Run(config, "sft", args.resume)
     train(run, config, args.start)
-    run.finish(config.sft_steps, f"python grpo.py --name {config.name}")
+    run.finish(config.sft_steps, f"python grpo.py --from {run.folder}")
 
 
 if __name__ == "__main__":

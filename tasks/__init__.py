@@ -1,6 +1,6 @@
 """The tasks: the built-in town (town.py), and long-context QA (qa.py) from files (formats.py).
 
-Each is a stream: a function from an index to a task. The same settings give the same tasks.
+Each is a Stream: a function from an index to a task. The same settings give the same tasks.
 """
 
 from collections.abc import Callable
@@ -28,9 +28,10 @@ class Task:
 
 
 Count = Callable[[list[str]], list[int]]  # the number of tokens of each text
+Stream = Callable[[int], Task]
 
 
-def load_tasks(config: Config, split: str, count: Count) -> Callable[[int], Task]:
+def load_tasks(config: Config, split: str, count: Count) -> Stream:
     """The stream of 'train', 'dev' (held out during training) or 'test' tasks."""
     if config.task == "town":
         from tasks.town import town_task  # here, because it needs the records above

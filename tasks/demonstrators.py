@@ -2,8 +2,10 @@
 
 In the town, scripts play a mixture of workflows, one per episode, most of them poor. SFT learns the
 mixture, and GRPO finds the best workflow. On a QA file, a script uses the gold facts. Any other
-model can be a teacher: tools/teach.py writes its demonstrations to a file, one episode per line:
+model can be a teacher: tools/teach.py writes its demonstrations to a file, one episode per line
+after a first line with the settings, at least those in SAME:
 
+    {"settings": {"task": "hotpotqa", "disable": [], "dialect": "paper", ...}}
     {"task": "hotpotqa-train-0", "score": 1.0, "turns": [{"prompt": "...", "response": "<..."}]}
 """
 
@@ -12,13 +14,14 @@ import math
 import os
 import random
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 from agent import FORMS, TAGS, Episode, Observation, Response, run_episodes
 from config import BadInput, Config, need
-from tasks import Task, town
+from memory import Embedder
+from tasks import Stream, Task, town
 from tasks.scoring import score_function
 from tasks.town import sentence
 
@@ -129,9 +132,8 @@ class TownDemonstrator(Demonstrator):
         count = re.search(r"market (\d+)", shown.scratchpad)
         count = int(count[1] if count else 0) + visits
         people = (person, facts.get(("boss", person)))
-        notes = [
-            sentence(*key, value) for key, value in facts.items() if value and key[1] in people
-        ]
+        known = [(*key, value) for key, value in facts.items() if value and key[1] in people]
+        notes = [sentence(*fact) for fact in known]
         text = ". ".join(notes[:3] + [f"market {count}"] * (count > 0))
         return self.write("scratchpad", text) if text != shown.scratchpad.replace(" .", ".") else ""
 
@@ -268,7 +270,7 @@ def workflow_shares(config: Config) -> dict[str, float]:
     return WORKFLOWS if full else {"append": 1.0}
 
 
-def demonstrate(tasks: list[Task], config: Config, embed, policy) -> list[Episode]:
+def demonstrate(tasks: list[Task], config: Config, embed: Embedder, policy) -> list[Episode]:
     """The demonstrations of `tasks`, unfiltered, in any order. policy: as in GoldDemonstrator."""
     score = score_function(config)
     if config.task != "town":
@@ -284,7 +286,7 @@ def demonstrate(tasks: list[Task], config: Config, embed, policy) -> list[Episod
     return episodes
 
 
-def curriculum(config: Config, stream: Callable[[int], Task]) -> list[tuple[float, Iterator]]:
+def curriculum(config: Config, stream: Stream) -> list[tuple[float, Iterator]]:
     """[(share of the SFT steps, blocks of tasks)]. In the town, easy stories come first.
 
     Easy stories have no two-hop questions, so every sentence about somebody else is irrelevant.

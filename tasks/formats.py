@@ -16,7 +16,7 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from sys import intern
 
@@ -24,10 +24,7 @@ from config import BadInput, need
 from tasks import Question, Task
 
 MAX_BAD = 0.05  # a file with a larger share of bad rows is refused
-ACCEPTED = (
-    "Accepted are a JSON list of rows and one row per line, as UTF-8 or .gz; unpack a .zip, .xz or "
-    ".tar file first"
-)
+ACCEPTED = "Accepted: a JSON list of rows or JSONL, as UTF-8 or .gz; unpack other archives first"
 HUB = re.compile(r"(?!.*\.(json|jsonl|gz|parquet)$)[\w.-]+/[\w.-]+(:[\w.-]*){0,2}")
 Rows = Iterator[tuple[str, dict]]  # (place, row); the place is "line N" of JSONL, else "row N"
 
@@ -101,7 +98,7 @@ class Report:
         self.total = self.unanswerable = self.bad = 0
         self.first = ""  # the first bad one: where it is, and why it is bad
 
-    def convert(self, where: str, function: Callable, row: dict):
+    def attempt(self, where: str, function: Callable, row: dict):
         """function(row), which is None if there is no answer. Also None if the row is bad."""
         self.total += 1
         try:
@@ -135,18 +132,19 @@ def read_rows(path: str, task: str) -> list[Example] | list[Task]:
     It keeps only the converted rows, and stores equal texts once. Reading a JSON list takes memory
     of four to six times the file's size. Raises BadInput, with the line or row, for a bad file.
     """
-    report, questions, rows, places = Report(path, "rows"), Report(path, "questions"), [], {}
+    report, questions = Report(path, "rows"), Report(path, "questions")
+    rows, places = [], {}  # places: id -> where it was found
     function = FORMATS[task]
     if task == "2wikimultihopqa":
         function = functools.partial(hotpot_example, aliases=read_aliases(path))
 
-    def convert(row):
+    def convert_row(row):
         one = function(row)
         return complete_task(one, where, questions) if isinstance(one, dict) else one
 
     try:
         for where, row in raw_rows(path):
-            one = report.convert(where, convert, row)
+            one = report.attempt(where, convert_row, row)
             if isinstance(one, Task):
                 same = f"{path}: {places.get(one.id)} and {where} have the same id {one.id!r}"
                 need(one.id not in places or task != "saved", f"{same}: give each its own")
@@ -203,7 +201,7 @@ def checked(text: str) -> str:
     return intern(text)
 
 
-def make_question(text: str, answers: list, support=()) -> Question:
+def make_question(text: str, answers: list, support: Iterable[tuple] = ()) -> Question:
     """answers: texts or numbers, the gold answer first. Empty and repeated aliases are dropped."""
     need(isinstance(answers, list), "its answers are not a list")
     texts = [str(one).strip() if isinstance(one, str | int | float) else "" for one in answers]
@@ -269,7 +267,7 @@ def musique_example(row: dict) -> Example | None:
 def complete_task(row: dict, where: str, report: Report) -> Task:
     """The Task of a row of a saved set. In `questions`, None is a question without an answer."""
 
-    def convert(one):
+    def convert_question(one):
         if one is None:
             return None
         support = [(checked(title), checked(text)) for title, text in one.get("support", ())]
@@ -279,13 +277,13 @@ def complete_task(row: dict, where: str, report: Report) -> Task:
     need(filled, "its questions and documents must be lists that are not empty")
     questions = []
     for number, one in enumerate(row["questions"], 1):
-        questions.append(report.convert(f"{where}, question {number}", convert, one))
+        questions.append(report.attempt(f"{where}, question {number}", convert_question, one))
     documents = tuple(map(checked, row["documents"]))
     id = where if row.get("id") is None else checked(str(row["id"]))
     return Task(id, tuple(filter(None, questions)), documents)
 
 
-def task_row(question: str, answers: object, documents: list[str], id=None) -> dict:
+def task_row(question: str, answers: object, documents: list[str], id: str | None = None) -> dict:
     """A saved set's row with one question. answers: a list, or one text or number."""
     answers = answers if isinstance(answers, list) else [answers]
     questions = [{"question": question, "answers": answers}]

@@ -96,6 +96,25 @@ def test_lines_are_those_of_an_editor(tmp_path):
     assert lines == ["line 1", "line 2", "line 3"]
 
 
+def test_the_towns_sentences_are_never_cut(tmp_path):
+    """Bug: a line of four sentences is cut in the middle of the third, so its fact is lost."""
+
+    def words(texts):
+        return [len(text.replace(".", " .").split()) for text in texts]
+
+    line = "Anna lives in Rome. Anna has a cat. Anna is a baker. Ben works for Anna.\n"
+    line += "Ben lives in a big house"
+    (tmp_path / "a.txt").write_text(line)
+    chunks, lines = read_chunks(tmp_path / "a.txt", Config(), words)
+    assert "".join(chunks) == line
+    assert [chunk.strip() for chunk in chunks] == [
+        "Anna lives in Rome. Anna has a cat.",
+        "Anna is a baker. Ben works for Anna.",
+        "Ben lives in a big house",
+    ]
+    assert lines == ["line 1", "line 1", "line 2"]
+
+
 def test_a_memory_that_cannot_be_written(tmp_path, embed, config):
     """Bug: a long text is read before it turns out that its memory cannot be saved."""
     (tmp_path / "a.txt").write_text(NOTES)

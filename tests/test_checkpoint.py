@@ -215,8 +215,8 @@ def test_a_run_folder_can_be_moved(call, capsys, way):
     "arguments, complaint",
     [
         (["--resume", SFT, "--sft_lr", "1e-4", "--seed", "1"], "another --s.*, --s"),
-        (["--resume", SFT, "--name", "other"], "no --from, --preset, --name, --overwrite"),
-        (["--resume", SFT, "--overwrite"], "no --from, --preset, --name, --overwrite"),
+        (["--resume", SFT, "--name", "other"], "no --from, --name, --overwrite"),
+        (["--resume", SFT, "--overwrite"], "no --from, --name, --overwrite"),
         (["--resume", SFT, "--model", "other"], "--model is for a new run"),
         (["--resume", "runs/none/sft"], "runs/none/sft is not a run folder"),
         (["--resume", "runs/town"], "runs/town is not a run folder"),

@@ -61,6 +61,8 @@ def write_run(folder, stage="sft", **settings):
         (dict(in_flight=101), "--in_flight"),
         (dict(name="a/b"), "--name"),
         (dict(grpo_decay=1.5), "--grpo_decay"),
+        (dict(grpo_lr=-1e-3), "--grpo_lr"),
+        (dict(max_grad_norm=0), "--max_grad_norm"),
     ],
 )
 def test_contradictions_fail_at_once(settings, complaint):
@@ -94,7 +96,7 @@ def test_later_sources_win(parse):
     assert values("--preset qwen3 --model m")[1::2] == (default.hidden_size, default.layers)
     assert values("--preset qwen3 --model m --grpo_lr 2")[::2] == (preset["top_k"], 2)
     assert values(f"--from {run}") == (3, 64, 0.5, default.layers)
-    assert values(f"--preset qwen3 --from {run} --top_k 5") == (5, 64, 0.5, default.layers)
+    assert values(f"--from {run} --top_k 5") == (5, 64, 0.5, default.layers)
 
 
 def test_an_own_instruction_is_stored_with_the_run(parse, refused):
@@ -154,9 +156,12 @@ def test_a_run_of_the_name_is_the_default_and_announced(parse, capsys):
     assert (config.top_k, args.start) == (2, "runs/town/sft")
 
 
-def test_a_model_beside_a_run_is_refused(parse, refused):
-    """Bug: --model is ignored because --from has a model of its own, or replaces it in silence."""
+def test_a_model_or_preset_beside_a_run_is_refused(parse, refused):
+    """Bug: --model is ignored because --from has a model of its own, or replaces it in silence. The
+    settings of --preset are ignored because the run has stored all of its own."""
     run = write_run("runs/old")
+    assert "--preset is for a new run" in refused(f"--from {run} --preset qwen3")
+    assert "--preset is for a new run" in refused(f"--resume {run} --preset qwen3", resume=True)
     assert "--model is for a new run" in refused(f"--from {run} --model m")
     assert "--model is for a new run" in refused(f"--resume {run} --model m", resume=True)
 
@@ -170,8 +175,8 @@ def test_resume_changes_nothing_but_the_length(parse, refused):
     assert parse(f"--resume {run} --top_k 3", resume=True)[0].top_k == 3
     message = refused(f"--resume {run} --top_k 5 --seed 8", resume=True)
     assert "another --top_k, --seed" in message
-    for more in ("--preset qwen3", "--name other", "--overwrite", "--from runs/old"):
-        assert "no --from, --preset, --name" in refused(f"--resume {run} {more}", resume=True)
+    for more in ("--name other", "--overwrite", "--from runs/old"):
+        assert "no --from, --name" in refused(f"--resume {run} {more}", resume=True)
     assert "--resume" in refused(f"--resume {run}")  # a script that has no --resume
 
 

@@ -194,7 +194,8 @@ def test_long_work_has_a_bar(monkeypatch, config, embed):
 
 
 def test_sweeps(config):
-    """Bug: a combination is left out, a value stays a string, or a training setting is swept."""
+    """Bug: a combination is left out, a value stays a string, a training setting is swept, or one
+    that the task ignores gives the same row several times."""
     assert evaluate.parse_sweep(["top_k=3,6", "eval_temperature=0.5"], config) == [
         {"top_k": 3, "eval_temperature": 0.5},
         {"top_k": 6, "eval_temperature": 0.5},
@@ -208,6 +209,9 @@ def test_sweeps(config):
         "model=a,b",
         "disable=read",
         "sft_lr=1",
+        "documents=50",
+        "order=1",
+        "chunk_tokens=64",
     ):
         with pytest.raises(BadInput, match="--sweep " + text):
             evaluate.parse_sweep([text], config)

@@ -76,8 +76,8 @@ def check_runs(name):
 # --- from end to end ------------------------------------------------------------------------------
 def test_the_town_from_end_to_end(call):
     """Bug: a script does not find what the one before it has left, or forgets its settings."""
-    assert "next: python grpo.py --name town" in call("sft", *TINY, "--top_k", 3)
-    assert "next: python evaluate.py --name town" in call("grpo", *TINY)
+    assert "next: python grpo.py --from runs/town/sft" in call("sft", *TINY, "--top_k", 3)
+    assert "next: python evaluate.py --from runs/town/grpo" in call("grpo", *TINY)
     assert settings("runs/town/sft")["top_k"] == settings("runs/town/grpo")["top_k"] == 3
     check_runs("town")
     out = call("evaluate", "--eval_tasks", 2, "--cpu")
@@ -101,7 +101,7 @@ def test_a_qa_file_from_end_to_end(call):
     short = [*TINY, "--eval_tasks", 1, "--save_every", 2]
     call("sft", *QA, *short, "--model", "base")
     out = call("grpo", "--name", "hotpotqa", *short, "--max_response_tokens", 20)
-    assert "next: python evaluate.py --name hotpotqa --data TEST_FILE" in out
+    assert "next: python evaluate.py --from runs/hotpotqa/grpo --data TEST_FILE" in out
     check_runs("hotpotqa")
     with pytest.raises(SystemExit, match="was trained on"):
         call("evaluate", "--name", "hotpotqa")

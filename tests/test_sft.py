@@ -128,13 +128,16 @@ def test_a_teachers_file_gives_the_same_samples(tiny, embed, tmp_path):
 
 
 def test_a_teachers_file_with_nothing_to_learn(tiny, embed, tmp_path):
-    """Bug: prompts that are too long, or a file without good episodes, fail in the middle of the
-    training or give an endless loop."""
+    """Bug: a file without good episodes gives an endless loop, prompts that are too long fail in
+    the middle of the training, or SFT teaches responses that sampling always cuts."""
     path = tmp_path / "t.jsonl"
     config = Config(demonstrations=str(path))
     write_file(path, config, played(config, embed, 2))
     short = Config(demonstrations=str(path), max_prompt_tokens=20)
     with pytest.raises(BadInput, match="raise --max_prompt_tokens"):
+        sft.recorded_samples(short, tiny)
+    short = Config(demonstrations=str(path), max_response_tokens=3)
+    with pytest.raises(BadInput, match="raise --max_response_tokens"):
         sft.recorded_samples(short, tiny)
     write_file(path, config, [])
     with pytest.raises(BadInput, match="no demonstration reached --keep_score"):

@@ -104,7 +104,7 @@ class Endpoint:
             print(f"{self.name} answers without {', '.join(refused)}")
         return refused
 
-    def settings(self, max_tokens: int, temperature: float, refused) -> dict:
+    def settings(self, max_tokens: int, temperature: float, refused: list[str]) -> dict:
         """The settings of a request, without the fields that the server refuses."""
         limit = "max_completion_tokens" if "max_tokens" in refused else "max_tokens"
         fields = {"temperature": temperature, "chat_template_kwargs": {"enable_thinking": False}}

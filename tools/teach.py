@@ -8,7 +8,6 @@ With --endpoint URL the model runs on a server. If it is started again, the tool
 """
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -18,12 +17,12 @@ from agent import Episode, Policy, observe, render, run_episodes, without_though
 from config import Config, check_new_file, need, parse_args
 from evaluate import open_contestants
 from memory import Embedder, load_embedder
-from tasks import load_tasks
+from tasks import Stream, load_tasks
 from tasks.demonstrators import RECORDED, read_file
 from tasks.scoring import score_function
 
 
-def record(teacher: Policy, stream: Callable, config: Config, embed: Embedder) -> list[float]:
+def record(teacher: Policy, stream: Stream, config: Config, embed: Embedder) -> list[float]:
     """Play the first config.sft_tasks tasks, except those already in config.demonstrations.
 
     Returns all scores in the file. Raises BadInput if it has other settings or another format.
@@ -55,10 +54,8 @@ def as_line(episode: Episode, config: Config) -> dict:
     """The episode as a line of the file, without thoughts and responses that were cut off."""
     good = episode.reward >= config.keep_score
     kept = [turn for turn in episode.turns if good and not turn.response.truncated]
-    turns = [
-        {"prompt": render(t.observation), "response": without_thoughts(t.response.text)}
-        for t in kept
-    ]
+    pairs = [(render(one.observation), without_thoughts(one.response.text)) for one in kept]
+    turns = [{"prompt": prompt, "response": response} for prompt, response in pairs]
     return {"task": episode.task.id, "score": episode.reward, "turns": turns}
 
 

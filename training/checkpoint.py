@@ -55,15 +55,9 @@ def starting_model(run: "Run", config: Config, start: str | Path | None) -> str 
 
 
 class Run:
-    """A run folder, runs/NAME/STAGE. It may be copied, renamed or moved.
+    """A run folder, runs/NAME/STAGE. docs/guide.md (Runs) lists its files.
 
-        config.json, metrics.jsonl    the stage and all settings; one line of metrics per step
-        step-000050/                  a checkpoint: weights and tokenizer for from_pretrained, and
-                                      training.pt and progress.json for --resume
-        latest, best                  name the newest checkpoint, and that of the best held-out EM
-
-    The two newest checkpoints and the best one are kept, and with --kl the first, the reference
-    model. resume: the run folder to continue. Raises BadInput if the folder cannot be used.
+    resume: the run folder to continue. Raises BadInput if the folder cannot be used.
     """
 
     def __init__(self, config: Config, stage: str, resume: str | Path | None = None):

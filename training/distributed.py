@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from agent import run_episodes
 from config import Config, need
+from memory import load_embedder
 from policy import LanguageModel, Sample, auto_class, compute_dtype
 from tasks import Task
 from tasks.scoring import score_function, summarize, tally
@@ -51,7 +52,7 @@ def all_reduce_max(value: float, accelerator: Accelerator) -> float:
 
 
 def shared_batches(
-    model, samples: list[Sample], max_tokens: int, accelerator: Accelerator
+    model: torch.nn.Module, samples: list[Sample], max_tokens: int, accelerator: Accelerator
 ) -> Iterator[list[Sample]]:
     """Collective: yields this process's micro-batches, then idle ones until all have as many."""
     batches = micro_batches(samples, max_tokens)
@@ -68,7 +69,7 @@ def is_sharded() -> bool:
     return os.environ.get("ACCELERATE_USE_FSDP") == "true"
 
 
-def distribute(policy: LanguageModel, accelerator: Accelerator):
+def distribute(policy: LanguageModel, accelerator: Accelerator) -> torch.nn.Module:
     """Prepare `policy` for training on the device. Returns the module to call in training: the
     policy itself, or its DDP wrapper. FSDP2 shards the policy in place.
 
@@ -123,9 +124,11 @@ def sync_weights(rollout_model: LanguageModel, policy: LanguageModel):
         copied.copy_(weight.full_tensor() if isinstance(weight, DTensor) else weight)
 
 
-def held_out_em(rollout_model, tasks: list[Task], config: Config, embed, accelerator) -> float:
+def held_out_em(
+    rollout_model: LanguageModel, tasks: list[Task], config: Config, accelerator: Accelerator
+) -> float:
     """Collective: exact match over all questions of `tasks`, at the evaluation temperature."""
     policy = rollout_model.with_config(config, config.eval_temperature)
-    score = score_function(config)
+    embed, score = load_embedder(config.embedder, accelerator.device), score_function(config)
     episodes = run_episodes(shard(tasks, accelerator), policy, config, embed, score)
     return summarize(all_reduce_sum(tally(episodes), accelerator))["em"]

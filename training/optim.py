@@ -100,8 +100,8 @@ def count_bad_steps(before: dict[str, float], now: dict[str, float]) -> int:
     bad = 0 if finite else int(before.get("bad_steps", 0)) + 1
     if bad == 3:
         raise SystemExit(
-            "the gradient was not finite in 3 steps in a row, so the run stops. Such steps do not "
-            "change the weights, and the checkpoints are intact. A lower learning rate may help"
+            "the gradient was not finite in 3 steps in a row, so the run stops. Such updates are "
+            "skipped, and the checkpoints are intact. A lower learning rate may help"
         )
     return bad
 
