@@ -1,19 +1,17 @@
 """Evaluation: the table of checkpoints with intervals, ablations, baselines and sweeps.
 
-    python evaluate.py                         SFT and GRPO of runs/town at 1, 2 and 4 times the
-                                               training length: two minutes
+    python evaluate.py                         SFT and GRPO of runs/town at 1x, 2x, 4x: two minutes
     python evaluate.py --ablate                the GRPO policy without some operations (Table 2)
     python evaluate.py --baselines             full context, RAG, scratchpad, no memory (Table 1)
-    python evaluate.py --sweep top_k=3,6,12 chunk_tokens=2048,4096     all combinations (Table 3)
+    python evaluate.py --sweep length=1,4 top_k=2,4,8      all combinations (as in Table 3)
     python evaluate.py --runs runs/a/grpo runs/b/grpo      these runs and no others
     python evaluate.py --name hotpotqa --data hotpot_dev.json --documents 200
 
-The table is saved as runs/NAME/evaluation*.json and never replaces an older one. The scores are in
-percent of the questions. "released" is what the released code calls exact match, "judge" is the
-verdict of --judge. "low" and "high" are the 95 % bootstrap interval of EM over tasks, whose
-questions share a memory. It is too narrow if a small file's questions occur in several tasks.
-Operations are per response; "turns" to "seconds" are per task, where "calls" counts the model's
-responses. "lost" is the EM lost against "all on", with interval.
+The table is saved as runs/NAME/evaluation*.json and never replaces an older one. Scores are percent
+of the questions. "released" is what the released code calls exact match. "low" and "high" are the
+95 % bootstrap interval of EM over tasks, whose questions share a memory. It is too narrow if a
+small file's questions occur in several tasks. Operations are per response, "turns" to "seconds" per
+task. "calls" counts the model's responses, "lost" is the EM lost against "all on".
 """
 
 import itertools
@@ -247,7 +245,7 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-SWEPT = "questions top_k capacity embedder retrieval max_reads max_prompt_tokens".split()
+SWEPT = "top_k capacity embedder retrieval max_reads max_prompt_tokens".split()
 SWEPT += ["max_response_tokens", "eval_temperature", "seed"]  # and others, see parse_sweep
 
 
@@ -255,6 +253,7 @@ def parse_sweep(texts: list[str], config: Config) -> list[dict]:
     """[{setting: value}]: all combinations of the values in texts such as "top_k=3,6"."""
     own = ["length"] if config.task == "town" else ["order", "chunk_tokens"]
     own += ["documents"] if config.task in BUILT else []
+    own += ["questions"] if config.task != "saved" else []
     axes, names = {}, own + SWEPT
     for text in texts:
         name, _, values = text.partition("=")
@@ -302,7 +301,9 @@ FLAGS = RUN_FLAGS + [
 
 def main():
     config, args = parse_args("Evaluation.", FLAGS, default_runs=("grpo", "sft"))
+    parts = [name for name in ("ablate", "baselines", "gold") if getattr(args, name)]
     need(not (args.ablate and args.baselines), "--ablate or --baselines: give one of them")
+    need(not (parts and args.runs[1:]), "--ablate, --baselines, --gold: give only one run")
     unplayable = args.gold and args.baselines and config.task == "town"
     need(not unplayable, "the town's demonstrator cannot play the baselines: leave out --gold")
     device = Accelerator(cpu=config.cpu).device
@@ -318,7 +319,7 @@ def main():
     settings = [replace(config, **change) for change in changes]
     need(not (args.runs and config.endpoint), "--runs or --endpoint: give one of them")
     runs = chosen_runs(config, args.start, args.runs)
-    runs = runs[-1:] if args.gold or len(variants) > 1 else runs
+    runs = runs[-1:] if parts else runs
     check_unseen(config, [] if args.gold else runs)
     contestants = open_contestants(config, runs, device, args.gold)
     count = contestants[-1].model.count
@@ -327,7 +328,6 @@ def main():
         tasks = held_out_tasks(now, "test", 1, count)
         contestant.policy(tasks, now)
         contestant.model.with_config(now, 0).shorten(observe(Episode(tasks[0]), now))
-    parts = [name for name in ("ablate", "baselines", "gold") if getattr(args, name)]
     rows, out = [], new_file(config, parts + (args.sweep or []))
     for (change, now), contestant in itertools.product(zip(changes, settings), contestants):
         embed = load_embedder(now.embedder, device)

@@ -192,7 +192,7 @@ def train(run: Run, config: Config, start: str | None):
     """Run the remaining steps, from the run's newest checkpoint or from the starting model."""
     accelerator, embed = run.accelerator, load_embedder(config.embedder, run.accelerator.device)
     start = starting_model(run, config, start)
-    need(start, "no model to start from: run sft.py, then this without --preset, or give --from")
+    need(start, "no model to start from: run sft.py and leave out --preset, or give --from RUN")
     policy = load_policy(start, config)
     stream = load_tasks(config, "train", policy.count)
     held_out = held_out_tasks(config, "dev", min(100, config.eval_tasks), policy.count)

@@ -103,7 +103,7 @@ def test_the_towns_sentences_are_never_cut(tmp_path):
         return [len(text.replace(".", " .").split()) for text in texts]
 
     line = "Anna lives in Rome. Anna has a cat. Anna is a baker. Ben works for Anna.\n"
-    line += "Ben lives in a big house"
+    line += "  Ben lives in a big house"
     (tmp_path / "a.txt").write_text(line)
     chunks, lines = read_chunks(tmp_path / "a.txt", Config(), words)
     assert "".join(chunks) == line

@@ -178,7 +178,7 @@ def test_the_next_command_is_that_of_the_resumed_run(call, capsys):
     SFT.parent.rename("runs/mine")
     call("sft", "--resume", "runs/mine/sft", "--sft_steps", 5)
     next_command = capsys.readouterr().out.partition("next: ")[2]
-    assert "runs/mine/sft" in next_command or "--name mine" in next_command
+    assert "--from runs/mine/sft" in next_command
 
 
 def test_a_second_signal_stops_at_once(call, monkeypatch):

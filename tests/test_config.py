@@ -80,7 +80,7 @@ def test_a_bad_flag_is_one_sentence(refused):
     assert "--top" in refused("--top 3")  # no abbreviations: a new flag would change their meaning
 
 
-def test_later_sources_win(parse):
+def test_flags_win(parse):
     """Bug: a preset or a saved run overrides what was typed on the command line."""
     run = write_run("runs/old", top_k=3, hidden_size=64, grpo_lr=0.5, warmup_steps=9)
 

@@ -217,6 +217,8 @@ def test_sweeps(config):
             evaluate.parse_sweep([text], config)
     with pytest.raises(BadInput, match="top_k twice"):
         evaluate.parse_sweep(["top_k=3", "top_k=6"], config)
+    with pytest.raises(BadInput, match="--sweep questions"):
+        evaluate.parse_sweep(["questions=1,2"], Config(task="saved", data="x"))
 
 
 def test_no_evaluation_is_overwritten(tmp_path, monkeypatch, config):
@@ -292,6 +294,8 @@ def test_which_runs_are_compared(call, tmp_path, tiny):
     assert rows[0]["em"] == rows[1]["em"] == rows[2]["em"]
     with pytest.raises(BadInput, match="--runs or --endpoint"):
         call("--runs", "my copy", "--endpoint", "http://localhost:1")
+    with pytest.raises(BadInput, match="--gold: give only one run"):
+        call("--runs", "my copy", "runs/town/grpo", "--ablate")
     other = tmp_path / "other"  # its prompts would lack what the first run's have
     shutil.copytree(tmp_path / "my copy", other)
     text = (other / "config.json").read_text()

@@ -86,7 +86,7 @@ def read_chunks(path: Path, config: Config, count: Count) -> tuple[tuple[str, ..
     need(text.strip(), f"--file {path}: there is no text in it")
     # A piece is a line, and in the town also a sentence. Other line separators are text.
     town = config.task == "town"
-    pieces = re.findall(r"[^\n.]*[\n.] *|[^\n.]+" if town else r"[^\n]*\n|[^\n]+", text)
+    pieces = re.findall(r"[^\n.]*(?:\n|\. *)|[^\n.]+" if town else r"[^\n]*\n|[^\n]+", text)
     # The town's model was trained on chunks of two sentences, of at most seven tokens each.
     chunks = split_chunks(pieces, 14 if town else config.chunk_tokens, count)
     lines, first = [], 1
