@@ -26,7 +26,8 @@ DATA = Path(__file__).parent / "data"
 # Settings with which a script takes a moment.
 TINY = (
     "--cpu --hidden_size 32 --layers 1 --heads 1 --sft_tasks 24 --sft_steps 4 --sft_batch 16 "
-    "--tasks_per_step 2 --group_size 2 --grpo_steps 2 --save_every 1 --eval_tasks 4"
+    "--tasks_per_step 2 --group_size 2 --grpo_steps 2 --save_every 1 --eval_tasks 4 "
+    "--max_response_tokens 10"
 ).split()
 
 

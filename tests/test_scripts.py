@@ -99,8 +99,8 @@ def test_a_qa_file_from_end_to_end(call):
     """Bug: the QA path works in parts, but not from the command line."""
     save_qwen3("base")
     short = [*TINY, "--eval_tasks", 1, "--save_every", 2]
-    call("sft", *QA, *short, "--model", "base")
-    out = call("grpo", "--name", "hotpotqa", *short, "--max_response_tokens", 20)
+    call("sft", *short, *QA, "--model", "base")
+    out = call("grpo", "--name", "hotpotqa", *short)
     assert "next: python evaluate.py --from runs/hotpotqa/grpo --data TEST_FILE" in out
     check_runs("hotpotqa")
     with pytest.raises(SystemExit, match="was trained on"):
@@ -129,7 +129,7 @@ def test_from_a_teacher_to_an_answer(call):
     call("sft", *TINY)
     [*_, teacher] = sorted(Path("runs/town/sft").glob("step-*"))
     recorded = ["--demonstrations", "taught.jsonl", "--keep_score", 0]
-    short = ["--sft_tasks", 3, "--max_response_tokens", 20, "--max_prompt_tokens", 256]
+    short = ["--sft_tasks", 3, "--max_response_tokens", 10, "--max_prompt_tokens", 256]
     out = call("tools.teach", "--model", teacher, *recorded, *short, "--cpu")
     assert "taught.jsonl: 3 of 3 episodes are good enough" in out
     lines = Path("taught.jsonl").read_text().splitlines()
@@ -200,7 +200,8 @@ def test_a_checkpoint_as_the_model(call):
     model = ["--model", "runs/town/sft/step-000004", "--name", "b"]
     call("sft", *TINY, *model, "--sft_steps", 1)
     assert settings("runs/b/sft")["model"] == model[1] and settings("runs/town/sft")["model"] == ""
-    assert "step-000004 1x" in call("evaluate", *model, "--eval_tasks", 1, "--sweep", "length=1")
+    short = ["--max_response_tokens", 10, "--eval_tasks", 1, "--sweep", "length=1"]
+    assert "step-000004 1x" in call("evaluate", *model, *short)
 
 
 # --- stopping, and bad input ----------------------------------------------------------------------
