@@ -184,7 +184,7 @@ PRESETS = {
     "smollm2": dict(
         model="HuggingFaceTB/SmolLM2-135M-Instruct", max_prompt_tokens=1024,
         max_response_tokens=128, optimizer="adamw", sft_steps=400, sft_batch=32, sft_lr=2e-4,
-        easy_share=0.0, grpo_steps=40, tasks_per_step=4, grpo_lr=3e-5, sample_rows=64,
+        easy_share=0.0, grpo_steps=20, tasks_per_step=4, grpo_lr=3e-5, sample_rows=64,
         micro_batch_tokens=4096, eval_tasks=100, documents=8,
     ),
     "qwen3": LARGE | dict(
