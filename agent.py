@@ -281,12 +281,12 @@ def observe(episode: Episode, config: Config) -> Observation:
     elif episode.query:
         entries = memory.search(episode.query_vector, config.top_k)
     questions = tuple(question.text for question in task.questions)
-    shown = {"scratchpad": memory.scratchpad, "query": episode.query, "entries": tuple(entries)}
-    shown |= {"task_id": task.id, "rng": episode.rng}
+    common = {"scratchpad": memory.scratchpad, "query": episode.query, "entries": tuple(entries)}
+    common |= {"task_id": task.id, "rng": episode.rng}
     if episode.position < len(task.chunks):
-        return Observation(questions, chunk=task.chunks[episode.position], **shown)
+        return Observation(questions, chunk=task.chunks[episode.position], **common)
     question = questions[episode.position - len(task.chunks)]
-    return Observation(questions, chunk=task.context or None, question=question, **shown)
+    return Observation(questions, chunk=task.context or None, question=question, **common)
 
 
 def embed_operations(operations: list[Operation], embed: Embedder) -> dict:

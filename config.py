@@ -157,12 +157,12 @@ POSITIVE = (
     "hidden_size layers heads sample_rows micro_batch_tokens save_every sft_tasks sft_steps "
     "sft_batch grpo_steps tasks_per_step updates_per_rollout eval_tasks"
 )
+NOT_NEGATIVE = "order capacity max_reads eval_temperature kl clip_high sft_lr grpo_lr warmup_steps"
 RANGES = {name: (1, INF) for name in POSITIVE.split()} | {
     "group_size": (2, INF),  # an episode is compared with its group's mean
     "questions": (0, 10),
     "in_flight": (1, 100),  # the HTTP client opens no more connections
-    **{name: (0, INF) for name in "order capacity max_reads eval_temperature kl clip_high".split()},
-    **{name: (0, INF) for name in ("sft_lr", "grpo_lr", "warmup_steps")},
+    **{name: (0, INF) for name in NOT_NEGATIVE.split()},
     **{name: (0, 1) for name in ("clip_low", "easy_share", "keep_score", "grpo_decay")},
 }
 

@@ -24,7 +24,7 @@ from config import BadInput, need
 from tasks import Question, Task
 
 MAX_BAD = 0.05  # a file with a larger share of bad rows is refused
-ACCEPTED = "Accepted: a JSON list of rows or JSONL, as UTF-8 or .gz; unpack other archives first"
+ACCEPTED = "Accepted: a JSON list of rows or JSONL, UTF-8 or .gz; unpack a .zip, .xz or .tar first"
 HUB = re.compile(r"(?!.*\.(json|jsonl|gz|parquet)$)[\w.-]+/[\w.-]+(:[\w.-]*){0,2}")
 Rows = Iterator[tuple[str, dict]]  # (place, row); the place is "line N" of JSONL, else "row N"
 
